@@ -1,0 +1,497 @@
+"""Learns to write sequences like those in a file and saves what it learned as an `.h5`."""
+
+import argparse
+import hashlib
+import itertools
+import math
+import os
+import shlex
+import sys
+import tempfile
+
+import numpy as np
+
+import model
+from loaders import LOADERS
+from model import CommandLine, SequenceModel, within
+
+EXAMPLE = """example:
+  python train.py --loader_class UserNameLoader --sequence_path names.csv --save_path names.h5
+
+The same command again continues where the file at --save_path stands, and so
+does a larger --epochs. Ctrl-C stops; what the last whole epoch learned is kept.
+"""
+
+
+class UserError(ValueError):
+    """What the user has to know and can mend; the message says how."""
+
+
+# What makes two runs the same run: a file is continued only if all of it agrees.
+SETTINGS = (
+    "units",
+    "layers",
+    "dropout",
+    "batch_size",
+    "learning_rate",
+    "validation_split",
+    "seed",
+)
+
+
+def parse_arguments(arguments=None):
+    """Parses the command line.
+
+    Args:
+        arguments: list of str, or None for those of the process.
+
+    Returns:
+        Tuple `(parser, namespace)`.
+    """
+    parser = CommandLine(
+        prog="train.py",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    many = within(int, 1, model.LIMIT)
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--loader_class",
+        choices=LOADERS,
+        default="SequenceLoader",
+        help="what the file is: one sequence a line; English words, taken the most used first; "
+        "or a CSV whose first column counts",
+    )
+    data.add_argument(
+        "--sequence_path", "--sequences_path", default="sequences.txt", help="the file"
+    )
+    data.add_argument(
+        "--num_sequences", type=within(int, 1, 2**62), help="take only the first so many"
+    )
+    data.add_argument(
+        "--max_len",
+        type=many,
+        help="cut sequences to so many characters (default: the longest one's, "
+        f"at most {model.LONGEST})",
+    )
+    data.add_argument(
+        "--sentinel",
+        type=one_character,
+        default="\n",
+        help="a character that no sequence contains, to mark where they end "
+        r"(default: the newline, '\n')",
+    )
+    data.add_argument(
+        "--validation_split",
+        type=within(float, 0, 0.9),
+        default=0.1,
+        help="share of the distinct sequences that is not learned but used to choose the best "
+        "epoch; 0 for none",
+    )
+
+    network = parser.add_argument_group("network")
+    network.add_argument("--units", type=many, default=128, help="width of each LSTM layer")
+    network.add_argument("--layers", type=many, default=2, help="LSTM layers")
+    network.add_argument(
+        "--dropout",
+        type=within(float, 0, 0.9),
+        default=0.2,
+        help="share of each layer's outputs that is dropped while it learns",
+    )
+
+    fit = parser.add_argument_group("fit")
+    fit.add_argument("--batch_size", type=many, default=32, help="sequences a training step")
+    fit.add_argument("--epochs", type=many, default=20, help="passes over the data, in all")
+    fit.add_argument(
+        "--learning_rate",
+        type=within(float, 1e-9, 10),
+        default=0.003,
+        help="Adam's at the start; it falls to 0 over all epochs along a cosine",
+    )
+    fit.add_argument(
+        "--patience",
+        type=many,
+        help="stop after so many epochs without a better validation loss (default: never)",
+    )
+    fit.add_argument(
+        "--seed", type=within(int, 0, 2**32 - 1), default=0, help="makes a run repeatable"
+    )
+
+    file = parser.add_argument_group("file")
+    file.add_argument("--save_path", default="incognito_model.h5", help="where the model is kept")
+    file.add_argument(
+        "--overwrite", action="store_true", help="start over if there is such a file already"
+    )
+    return parser, parser.parse_args(arguments)
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults, but neither those that are None nor those a text spells out."""
+
+    def _get_help_string(self, action):
+        if action.default is None or "(default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def one_character(text):
+    """The `argparse` type of `--sentinel`."""
+    if len(text) != 1 or "\ud800" <= text <= "\udfff":
+        raise argparse.ArgumentTypeError(f"not a single character: {text!r}")
+    return text
+
+
+def read_corpus(args):
+    """Reads and encodes the data that the command line names.
+
+    Returns:
+        `model.Corpus`.
+
+    Raises:
+        UserError: if it can't be read or learned.
+    """
+    loader = LOADERS[args.loader_class](args.sequence_path, max_sequences=args.num_sequences)
+    try:
+        return model.encode(loader, args.sentinel, args.max_len)
+    except OSError as error:
+        raise UserError(
+            f"--sequence_path: can't read {args.sequence_path}: {error.strerror}; "
+            "name a file with your sequences"
+        ) from None
+    except model.SentinelError as error:
+        line, _ = next(itertools.islice(loader.numbered(), error.first, None))
+        used = set().union(*loader)
+        free = next(
+            c for c in map(chr, itertools.chain(b" |~^_#*/", range(1, 0xD800))) if c not in used
+        )
+        raise UserError(
+            f"{args.sequence_path}, line {line}: the sequence contains the sentinel "
+            f"{args.sentinel!r}, as {error.count} of them do; pass a character that none "
+            f"contains, such as --sentinel {shlex.quote(free)}"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"--sequence_path: {error}") from None
+
+
+def split(corpus, fraction, seed):
+    """Chooses the sequences that are held out to validate.
+
+    Equal sequences all go to the same side.
+
+    Args:
+        corpus: `model.Corpus`.
+        fraction: float, the share of the distinct sequences to hold out.
+        seed: int.
+
+    Returns:
+        Tuple `(training, held_out)` of two `model.Corpus`. The second is
+        empty if `fraction` is 0 or all sequences are equal.
+    """
+    _, kinds = np.unique(corpus.rows, axis=0, return_inverse=True)
+    distinct = kinds.max() + 1
+    count = min(max(1, round(fraction * distinct)), distinct - 1) if fraction else 0
+    chosen = np.random.default_rng(seed).permutation(distinct)[:count]
+    held_out = np.isin(kinds.ravel(), chosen)
+    return corpus.subset(np.flatnonzero(~held_out)), corpus.subset(np.flatnonzero(held_out))
+
+
+def make_dataset(corpus, batch_size):
+    """Makes the `keras.utils.PyDataset` that feeds a corpus to Keras.
+
+    The weights that it gives the targets make Keras's running mean of the
+    losses of an epoch's batches exactly the mean over all real targets:
+    Keras divides the weighted sum in a batch by its size × its steps, and
+    weights batches by their size, so each real target gets the weight
+    steps ÷ (targets a sequence has on average in the whole corpus).
+
+    Args:
+        corpus: `model.Corpus`.
+        batch_size: int.
+
+    Returns:
+        The dataset. It keeps the corpus's order until its `shuffle` is called.
+    """
+    from keras.utils import PyDataset
+
+    class Dataset(PyDataset):
+        def __init__(self):
+            super().__init__()
+            self.order = np.arange(len(corpus))
+            targets = corpus.targets
+            self.targets_per_sequence = targets.mean()
+            self.longer_than_any = targets.max() + 1
+
+        def shuffle(self, seed):
+            self.order = np.random.default_rng(seed).permutation(len(corpus))
+
+        def __len__(self):
+            return math.ceil(len(corpus) / batch_size)
+
+        def __getitem__(self, index):
+            chosen = self.order[index * batch_size : (index + 1) * batch_size]
+            # On TensorFlow, Keras takes a length that the first two batches
+            # share for that of all; so they must differ, if only in padding.
+            steps = self.longer_than_any if index == 0 else None
+            inputs, targets, weights = model.make_batch(corpus.subset(chosen), steps)
+            return inputs, targets, weights * (weights.shape[1] / self.targets_per_sequence)
+
+    return Dataset()
+
+
+def describe(args, corpus):
+    """Returns the metadata of a run that has not begun: a dict for `model.save`."""
+    fingerprint = hashlib.sha256(corpus.alphabet.symbols.encode())
+    fingerprint.update(corpus.rows.tobytes() + corpus.complete.tobytes())
+    return {
+        "alphabet": corpus.alphabet.symbols,
+        "max_len": corpus.rows.shape[1],
+        "units": args.units,
+        "layers": args.layers,
+        "loader_class": args.loader_class,
+        "data": {"sequences": len(corpus), "sha256": fingerprint.hexdigest()},
+        "settings": {name: getattr(args, name) for name in SETTINGS},
+        "epochs": args.epochs,
+        "history": {"loss": [], "val_loss": []},
+    }
+
+
+def find_earlier_run(args, metadata):
+    """Looks for a run to continue at `--save_path` and checks that it is this one.
+
+    Args:
+        args: the command line.
+        metadata: this run's, from `describe`.
+
+    Returns:
+        Tuple `(history, weights, state)`: the losses so far, the best weights
+        and the training state; or None if this run begins.
+
+    Raises:
+        UserError: if training must not or can't write there.
+    """
+    path = args.save_path
+    folder = os.path.dirname(os.path.realpath(path))
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise UserError(f"--save_path: {path} can't be written; name a file in a folder you own")
+    if args.overwrite or not os.path.lexists(path):
+        return None
+    ways_out = "pass --overwrite to start over, or another --save_path"
+    try:
+        best, found = model.load(path)
+        state = model.load_training_state(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--save_path: {error}; {ways_out}") from None
+    difference = find_difference(found, metadata)
+    if not difference and not (state and is_history(found.get("history"))):
+        difference = "holds a finished model without what continuing needs"
+    if difference:
+        raise UserError(f"--save_path: {path} {difference}; {ways_out}")
+    return found["history"], best.weights, state
+
+
+def find_difference(found, metadata):
+    """Returns in which way a file's metadata are not this run's, or None."""
+    settings = found.get("settings")
+    settings = settings if isinstance(settings, dict) else {}
+    for name in SETTINGS:
+        now, then = metadata["settings"][name], settings.get(name)
+        if now != then:
+            return f"was trained with --{name} {then}, not {now}"
+    for name, other in (("max_len", "another --max_len"), ("alphabet", "another alphabet")):
+        if metadata[name] != found[name]:
+            return f"was trained with {other}"
+    return None if metadata["data"] == found.get("data") else "was trained on other data"
+
+
+def is_history(value):
+    """Tells whether a value from a file's metadata is a history of losses."""
+    return (
+        isinstance(value, dict)
+        and list(value) == ["loss", "val_loss"]
+        and all(isinstance(losses, list) for losses in value.values())
+        and all(type(loss) is float for losses in value.values() for loss in losses)
+        and len(value["val_loss"]) in (0, len(value["loss"]))
+    )
+
+
+def epochs_since_best(history):
+    """Returns how many epochs ago the best validation loss was, 0 if there is none."""
+    losses = history["val_loss"]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+
+def import_keras():
+    """Imports Keras without the start-up messages of the libraries below it.
+
+    They are written to the process's stderr before any log level applies, so
+    the file descriptor itself is turned away. If the import fails, they show.
+
+    Returns:
+        The module `keras`.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as messages:
+        stderr = os.dup(2)
+        os.dup2(messages.fileno(), 2)
+        try:
+            import keras
+        except BaseException:
+            messages.seek(0)
+            os.write(stderr, messages.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+    return keras
+
+
+def fit(args, metadata, training, held_out, best, state):
+    """Trains, saving after each epoch.
+
+    Args:
+        args: the command line.
+        metadata: this run's, from `describe`; its history grows.
+        training, held_out: `model.Corpus`, as `split` returns them.
+        best, state: the best weights so far and the training state, as
+            `find_earlier_run` returns them.
+
+    Raises:
+        UserError: if the loss stops being a number, or the earlier run's
+            state can't be taken up.
+    """
+    keras = import_keras()
+    keras.utils.set_random_seed(args.seed)
+    alphabet = training.alphabet
+    network = model.build_network(len(alphabet), args.units, args.layers, args.dropout)
+    metadata["versions"] = {"keras": keras.__version__, "numpy": np.__version__}
+    history = metadata["history"]
+    done = len(history["loss"])
+
+    dataset = make_dataset(training, args.batch_size)
+    rate = keras.optimizers.schedules.CosineDecay(args.learning_rate, args.epochs * len(dataset))
+    network.compile(
+        optimizer=keras.optimizers.Adam(rate, global_clipnorm=1.0),
+        loss="sparse_categorical_crossentropy",
+    )
+    network.optimizer.build(network.trainable_variables)
+    variables = network.variables + network.optimizer.variables
+    if state:
+        if [array.shape for array in state] != [tuple(variable.shape) for variable in variables]:
+            raise UserError(
+                f"--save_path: {args.save_path} was trained with a version of Keras that this "
+                "one can't continue; pass --overwrite to start over, or another --save_path"
+            )
+        for variable, array in zip(variables, state):
+            variable.assign(array)
+    print(
+        f"Network: {args.layers} LSTM layers of {args.units} units, "
+        f"{network.count_params():,} parameters"
+    )
+
+    def begin_epoch(epoch, logs):
+        dataset.shuffle((args.seed, epoch))
+
+    def end_epoch(epoch, logs):
+        nonlocal best
+        if not all(map(math.isfinite, logs.values())):
+            raise UserError(
+                f"the loss of epoch {epoch + 1} is not a number any more; try a --learning_rate "
+                f"below {args.learning_rate}, in another --save_path or with --overwrite"
+            )
+        for name, losses in history.items():
+            if name in logs:
+                losses.append(logs[name])
+        if epochs_since_best(history) == 0:
+            best = network.get_weights()
+        state = [keras.ops.convert_to_numpy(variable) for variable in variables]
+        try:
+            model.save(args.save_path, network, best, metadata, state)
+        except OSError as error:
+            raise UserError(
+                f"--save_path: can't write {args.save_path}: {error.strerror or error}"
+            ) from None
+        current = SequenceModel(alphabet, metadata["max_len"], network.get_weights())
+        rng = np.random.default_rng((args.seed, epoch))
+        print("invented: " + "  ".join(map(model.printable, current.sample(count=8, rng=rng))))
+        if args.patience and epochs_since_best(history) >= args.patience:
+            network.stop_training = True
+
+    network.fit(
+        dataset,
+        validation_data=make_dataset(held_out, args.batch_size) if len(held_out) else None,
+        initial_epoch=done,
+        epochs=args.epochs,
+        shuffle=False,  # Keras's own order could not be continued; the dataset has one that can
+        callbacks=[
+            keras.callbacks.ProgbarLogger(),
+            keras.callbacks.LambdaCallback(begin_epoch, end_epoch),
+        ],
+        verbose=1 if sys.stdout.isatty() else 2,
+    )
+
+
+def run(args):
+    """Does what the command line asks for, from reading the data to the last line printed.
+
+    Raises:
+        UserError: as the functions above do.
+    """
+    corpus = read_corpus(args)
+    metadata = describe(args, corpus)
+    earlier = find_earlier_run(args, metadata)
+    training, held_out = split(corpus, args.validation_split, args.seed)
+    print(
+        f"Read {len(corpus):,} sequences, {np.count_nonzero(corpus.rows):,} characters, "
+        f"{len(corpus.alphabet) - 1:,} different, from {args.sequence_path}"
+    )
+    if not corpus.complete.all():
+        print(
+            f"{np.count_nonzero(~corpus.complete):,} of them were longer and cut to "
+            f"{metadata['max_len']} characters (--max_len)"
+        )
+    print(f"Learning from {len(training):,}, holding out {len(held_out):,} to validate")
+
+    best, state = None, []
+    if earlier:
+        metadata["history"], best, state = earlier
+    history = metadata["history"]
+    done = len(history["loss"])
+    if done >= args.epochs or (args.patience and epochs_since_best(history) >= args.patience):
+        print(f"{args.save_path} is finished: it has learned for {done} epochs")
+    else:
+        if done:
+            print(f"Continuing {args.save_path} after epoch {done}")
+        fit(args, metadata, training, held_out, best, state)
+
+    kind = "validation loss" if history["val_loss"] else "loss"
+    loss = min(history["val_loss"], default=history["loss"][-1])
+    print(f"Best {kind}: {loss:.4f} nats per character, perplexity {math.exp(loss):.3f}")
+    print(f"Sample from it: python sample.py --weights_path {shlex.quote(args.save_path)}")
+
+
+def main(arguments=None):
+    """Runs the command line."""
+    # A name in Japanese must not stop a night's training under LANG=C.
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    parser, args = parse_arguments(arguments)
+    if args.patience and not args.validation_split:
+        parser.error(
+            "--patience waits for a better validation loss, so it needs a "
+            "--validation_split above 0"
+        )
+    try:
+        run(args)
+    except UserError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        kept = "keeps the last whole epoch" if os.path.exists(args.save_path) else "is not begun"
+        print(f"\nStopped: {args.save_path} {kept}; the same command continues.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
