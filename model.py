@@ -10,6 +10,7 @@ ready in a fraction of the time that importing Keras takes.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -379,8 +380,9 @@ def softmax(logits):
 def _choose(logits, temperature, draws):
     if temperature == 0:
         return logits.argmax(axis=1)
+    logits = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     with np.errstate(over="ignore"):  # then the character is impossible, as it should be
-        logits = (logits - logits.max(axis=1, keepdims=True)) / temperature
+        logits /= temperature
     # The inverse of the cumulative distribution takes a uniform draw to a
     # character; rounding may leave the last sum a little below the draw.
     cumulative = softmax(logits).cumsum(axis=1)
@@ -510,6 +512,8 @@ def load(path):
             for layer, names in shapes.items()
             for name, shape in names.items()
         ]
+        if len(file["model_weights"]) != len(shapes):
+            raise _ReadError(f"it holds more layers than the {metadata['layers']} it says")
         return SequenceModel(Alphabet(metadata["alphabet"]), metadata["max_len"], weights), metadata
 
 
@@ -526,7 +530,9 @@ def load_training_state(path):
         OSError, ValueError: as `load` does.
     """
     with _open(path) as file:
-        count = len(file[TRAINING_STATE]) if TRAINING_STATE in file else 0
+        if file.get(TRAINING_STATE, getlink=True) is None:
+            return []
+        count = len(_child(file, TRAINING_STATE))
         return [_read_array(file, f"{TRAINING_STATE}/{index}") for index in range(count)]
 
 
@@ -583,15 +589,17 @@ def _read_metadata(file):
     return metadata
 
 
+def _child(group, name):
+    # A soft or external link could lead to another place, even another file.
+    if not isinstance(group, h5py.Group) or not isinstance(
+        group.get(name, getlink=True), h5py.HardLink
+    ):
+        raise _ReadError(f"it holds no {name} where one belongs")
+    return group[name]
+
+
 def _read_array(file, name, shape=None):
-    dataset = file
-    for part in name.split("/"):
-        # A soft or external link could lead to another place, even another file.
-        if not isinstance(dataset, h5py.Group) or not isinstance(
-            dataset.get(part, getlink=True), h5py.HardLink
-        ):
-            raise _ReadError(f"it holds no array {name}")
-        dataset = dataset[part]
+    dataset = functools.reduce(_child, name.split("/"), file)
     if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "fiu":
         raise _ReadError(f"{name} is not an array of numbers")
     if shape and (dataset.shape != shape or dataset.dtype != np.float32):

@@ -95,20 +95,28 @@ def show(sequences):
 
 
 def arrange(texts, width):
-    """Arranges texts in columns, to be read downwards.
+    """Arranges texts in as many columns as fit, to be read downwards.
 
     Args:
-        texts: list of str, at least one.
-        width: int, the columns of the terminal.
+        texts: list of str, not empty.
+        width: int, how many characters fit on a line of the terminal.
 
     Returns:
         List of str, the lines.
     """
-    widths = [count_cells(text) for text in texts]
-    column = max(widths) + 2
-    rows = math.ceil(len(texts) / max(1, width // column))
-    padded = [text + " " * (column - cells) for text, cells in zip(texts, widths)]
-    return ["".join(padded[row::rows]).rstrip(" ") for row in range(rows)]
+    cells = [count_cells(text) for text in texts]
+    for columns in range(max(1, min(len(texts), width // 3)), 0, -1):
+        rows = math.ceil(len(texts) / columns)
+        widths = [max(cells[start : start + rows]) for start in range(0, len(texts), rows)]
+        if sum(widths) + 2 * (len(widths) - 1) <= width:
+            break
+    lines = []
+    for row in range(rows):
+        indices = range(row, len(texts), rows)
+        padding = [widths[column] - cells[index] for column, index in enumerate(indices)]
+        padding[-1] = 0
+        lines.append("  ".join(texts[index] + " " * gap for index, gap in zip(indices, padding)))
+    return lines
 
 
 def count_cells(text):

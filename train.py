@@ -69,7 +69,9 @@ def parse_arguments(arguments=None):
         "--sequence_path", "--sequences_path", default="sequences.txt", help="the file"
     )
     data.add_argument(
-        "--num_sequences", type=within(int, 1, 2**62), help="take only the first so many"
+        "--num_sequences",
+        type=within(int, 1, 2**62),
+        help="take only the first so many (default: all)",
     )
     data.add_argument(
         "--max_len",
@@ -377,6 +379,11 @@ def fit(args, metadata, training, held_out, best, state):
         optimizer=keras.optimizers.Adam(rate, global_clipnorm=1.0),
         loss="sparse_categorical_crossentropy",
     )
+    # A good place to start: each character as likely as it is among all targets.
+    # What is never one, as the end where every sequence was cut, stays unlikely.
+    counts = np.bincount(training.rows[training.rows > 0], minlength=len(alphabet))
+    counts[0] = np.count_nonzero(training.complete)
+    network.layers[-1].bias.assign(np.log((counts + 0.5) / counts.sum()))
     network.optimizer.build(network.trainable_variables)
     variables = network.variables + network.optimizer.variables
     if state:
@@ -467,9 +474,9 @@ def run(args):
             print(f"Continuing {args.save_path} after epoch {done}")
         fit(args, metadata, training, held_out, best, state)
 
-    kind = "validation loss" if history["val_loss"] else "loss"
+    kind = "Best validation loss" if history["val_loss"] else "Last loss"
     loss = min(history["val_loss"], default=history["loss"][-1])
-    print(f"Best {kind}: {loss:.4f} nats per character, perplexity {math.exp(loss):.3f}")
+    print(f"{kind}: {loss:.4f} nats per character, perplexity {math.exp(loss):.3f}")
     print(f"Sample from it: python sample.py --weights_path {shlex.quote(args.save_path)}")
 
 

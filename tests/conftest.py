@@ -1,0 +1,45 @@
+"""What several test modules need: the scripts as a user runs them, and one trained model."""
+
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PRE_TRAINED = ROOT / "pre_trained_models"
+CONTRACT = (
+    "train.py --loader_class 'SequenceLoader' --sequence_path 'sequences.txt' "
+    "--num_sequences 1000 --max_len 8 --sentinel ' ' --units 32 --layers 3 --batch_size 32 "
+    "--epochs 10 --save_path 'incognito_model.h5'"
+)
+
+
+def run(script, *arguments, **options):
+    """Runs a script of the project with text pipes and returns the finished process."""
+    return subprocess.run(
+        [sys.executable, ROOT / script, *map(str, arguments)],
+        **{"capture_output": True, "encoding": "utf-8", "timeout": 300, **options},
+    )
+
+
+def assert_one_line_error(process, script):
+    """Asserts that a run failed as a user's mistake should."""
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert process.stderr.startswith(f"{script}: error: ")
+    assert process.stderr.count("\n") == 1
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder in which the contract's train command has run, and the finished process."""
+    import wordfreq
+
+    folder = tmp_path_factory.mktemp("trained")
+    words = wordfreq.top_n_list("en", 1000)
+    (folder / "sequences.txt").write_text("\n".join(words), encoding="utf-8")
+    process = run(*shlex.split(CONTRACT), cwd=folder)
+    assert process.returncode == 0, process.stderr
+    return folder, process

@@ -1,0 +1,362 @@
+import json
+import math
+import os
+
+import h5py
+import numpy as np
+import pytest
+from conftest import PRE_TRAINED
+
+import model
+from model import Alphabet, SequenceModel
+
+NOT_A_MODEL = r"not a model that train\.py saved"
+SHIPPED = sorted(PRE_TRAINED.glob("*.h5"))
+
+
+def random_model(alphabet, units=8, layers=2, max_len=6, seed=0, scale=1.0):
+    """A model that learned nothing, but has decided opinions."""
+    rng = np.random.default_rng(seed)
+    shapes = model.weight_shapes(len(alphabet), units, layers)
+    weights = [
+        (scale * rng.standard_normal(shape)).astype(np.float32)
+        for names in shapes.values()
+        for shape in names.values()
+    ]
+    return SequenceModel(Alphabet(alphabet), max_len, weights)
+
+
+def assert_frequencies(counts, probabilities):
+    """Asserts that counts are a plausible draw, by Pearson's χ² with small cells merged."""
+    expected = np.asarray(probabilities) * sum(counts)
+    order = np.argsort(expected)[::-1]
+    small = max(1, np.count_nonzero(expected >= 5))
+    observed = np.asarray(counts)[order]
+    expected = expected[order]
+    observed = np.append(observed[:small], observed[small:].sum())
+    expected = np.append(expected[:small], expected[small:].sum())
+    kept = expected > 0
+    assert observed[~kept].sum() == 0
+    statistic = ((observed - expected)[kept] ** 2 / expected[kept]).sum()
+    freedom = np.count_nonzero(kept) - 1
+    # Wilson and Hilferty: the cube root of χ² is nearly normal. 4.5 σ is 1 in 300,000.
+    spread = 2 / (9 * freedom)
+    assert ((statistic / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread) < 4.5
+
+
+# Encoding
+
+
+def test_a_sequence_becomes_one_hot_inputs_targets_and_weights():
+    corpus = model.encode(["abc", "b"], sentinel="s", max_len=5)
+    inputs, targets, weights = model.make_batch(corpus, steps=6)
+    assert corpus.alphabet.symbols == "sabc"
+    assert inputs.dtype == weights.dtype == np.float32
+    np.testing.assert_array_equal(inputs.sum(axis=2), 1)
+    assert corpus.alphabet.decode(inputs[0].argmax(axis=1)) == "sabcss"
+    assert corpus.alphabet.decode(targets[0]) == "abcsss"
+    np.testing.assert_array_equal(weights, [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]])
+
+
+def test_a_batch_is_as_long_as_its_sequences_need():
+    corpus = model.encode(["abc", "abcdefgh"])
+    assert model.make_batch(corpus)[0].shape == (2, 9, 9)
+    assert model.make_batch(corpus.subset([0]))[0].shape == (1, 4, 9)
+
+
+def test_the_end_of_a_cut_sequence_is_no_target():
+    corpus = model.encode(["abcdef", "abcd", "abc"], max_len=4)
+    np.testing.assert_array_equal(corpus.complete, [False, True, True])
+    np.testing.assert_array_equal(corpus.targets, [4, 5, 4])
+    inputs, targets, weights = model.make_batch(corpus)
+    np.testing.assert_array_equal(weights.sum(axis=1), corpus.targets)
+    assert inputs.shape[1] == 5
+    assert corpus.alphabet.decode(targets[0][:4]) == "abcd"
+
+
+def test_max_len_is_the_longest_but_at_most_64():
+    assert model.encode(["abc", "de"]).rows.shape == (2, 3)
+    assert model.encode(["x" * 100]).rows.shape == (1, 64)
+    assert model.encode(["abc"], max_len=10).rows.shape == (1, 10)
+
+
+def test_characters_beyond_the_cut_are_not_in_the_alphabet():
+    assert model.encode(["abz"], max_len=2).alphabet.symbols == "\nab"
+
+
+@pytest.mark.parametrize(
+    ("characters", "dtype"), [(255, np.uint8), (256, np.uint16), (70_000, np.uint32)]
+)
+def test_many_sequences_survive_encoding_in_the_smallest_type(characters, dtype):
+    points = [c for c in range(1, 80_000) if c != 10 and not 0xD800 <= c <= 0xDFFF][:characters]
+    symbols = list(map(chr, points))
+    rng = np.random.default_rng(0)
+    sequences = ["".join(symbols[start : start + 7]) for start in range(0, characters, 7)]
+    sequences += ["".join(rng.choice(symbols[:50], rng.integers(1, 9))) for _ in range(70_000)]
+    corpus = model.encode(iter(sequences))
+    assert corpus.rows.dtype == dtype
+    assert corpus.complete.all()
+    decoded = [corpus.alphabet.decode(row[row > 0]) for row in corpus.rows]
+    assert decoded == sequences
+
+
+def test_sequences_with_the_sentinel_are_counted():
+    with pytest.raises(model.SentinelError) as caught:
+        model.encode(["ab", "a b", "c", "d e"], sentinel=" ", max_len=1)
+    assert (caught.value.first, caught.value.count) == (1, 2)
+
+
+def test_an_alphabet_names_what_it_does_not_know():
+    alphabet = Alphabet("\nabc")
+    np.testing.assert_array_equal(alphabet.encode("cab"), [3, 1, 2])
+    with pytest.raises(ValueError, match=r"never saw '\\n', 'X', 'é'"):
+        alphabet.encode("aXéb\nX")
+
+
+# The distribution
+
+
+@pytest.fixture(scope="module")
+def stock_keras():
+    import keras
+
+    return keras
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_stock_keras_opens_a_shipped_model_and_agrees(stock_keras, path):
+    assert_agrees_with_keras(stock_keras, path)
+
+
+def test_stock_keras_opens_a_trained_model_and_agrees(stock_keras, trained):
+    assert_agrees_with_keras(stock_keras, trained[0] / "incognito_model.h5")
+
+
+def assert_agrees_with_keras(keras, path):
+    network = keras.models.load_model(path)
+    ours, _ = model.load(path)
+    rng = np.random.default_rng(0)
+    texts = list(ours.sample(count=20, rng=rng)) + list(
+        ours.sample(count=20, rng=rng, temperature=3, max_len=60)
+    )
+    for text in texts:
+        ids = [0, *ours.alphabet.encode(text)]
+        one_hot = np.eye(len(ours.alphabet), dtype=np.float32)[ids]
+        expected = network.predict(one_hot[None], verbose=0)[0]
+        np.testing.assert_allclose(model.softmax(ours.read(text)[0]), expected, rtol=0, atol=1e-5)
+
+
+def test_a_loaded_file_is_a_compiled_model_that_learns_on(stock_keras, trained):
+    network = stock_keras.models.load_model(trained[0] / "incognito_model.h5")
+    ours, _ = model.load(trained[0] / "incognito_model.h5")
+    ids = np.array([[0, *ours.alphabet.encode(text)] for text in ("hello", "there")])
+    inputs = np.eye(len(ours.alphabet), dtype=np.float32)[ids]
+    targets = np.roll(ids, -1, axis=1)
+    before = network.evaluate(inputs, targets, verbose=0)
+    network.fit(inputs, targets, epochs=30, verbose=0)
+    assert network.evaluate(inputs, targets, verbose=0) < before
+
+
+# Sampling
+
+
+@pytest.mark.parametrize("prompt", ["", "a", "cab"])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_the_next_character_follows_the_distribution(prompt, temperature):
+    invented = random_model("\nabcdefgh")
+    logits = invented.read(prompt)[0][-1]
+    texts = invented.sample(prompt, 20_000, temperature, len(prompt) + 1, np.random.default_rng(7))
+    following = [text[len(prompt) :] for text in texts]
+    counts = [following.count("")] + [following.count(c) for c in "abcdefgh"]
+    assert sum(counts) == 20_000
+    assert_frequencies(counts, model.softmax(logits / temperature))
+
+
+def test_whole_sequences_follow_the_distribution():
+    invented = random_model("\nabc", max_len=3, scale=0.7)
+    probabilities = {}
+
+    def enumerate_from(text, probability):
+        following = model.softmax(invented.read(text)[0][-1])
+        if len(text) == 3:
+            probabilities[text] = probability
+            return
+        probabilities[text] = probability * following[0]
+        for character, share in zip("abc", following[1:]):
+            enumerate_from(text + character, probability * share)
+
+    enumerate_from("", 1.0)
+    assert sum(probabilities.values()) == pytest.approx(1)
+    texts = list(invented.sample(count=30_000, rng=np.random.default_rng(3)))
+    assert set(texts) <= set(probabilities)
+    assert_frequencies([texts.count(text) for text in probabilities], list(probabilities.values()))
+
+
+def test_temperature_0_takes_the_likeliest_and_near_0_tends_to_it():
+    invented = random_model("\nabcdef", max_len=12)
+    expected = ""
+    while len(expected) < 12 and (best := invented.read(expected)[0][-1].argmax()):
+        expected += invented.alphabet.symbols[best]
+    for temperature in (0, 1e-9, 1e-320):
+        assert set(invented.sample(count=5, temperature=temperature)) == {expected}
+
+
+def test_a_larger_count_begins_with_the_sequences_of_a_smaller_one():
+    invented = random_model("\nabcdef", max_len=20)
+    few, many = (
+        list(invented.sample("b", count, rng=np.random.default_rng(5))) for count in (10, 3000)
+    )
+    assert many[:10] == few
+    assert len(many) == 3000
+    assert len(set(many)) > 300
+
+
+@pytest.mark.parametrize("max_len", [1, 2, 7, 200])
+def test_sequences_never_exceed_max_len(max_len):
+    invented = random_model("\nab", scale=0.1)
+    texts = list(invented.sample("a", 300, max_len=max_len))
+    assert max(map(len, texts)) <= max_len
+    assert all(text.startswith("a") for text in texts)
+    assert max(map(len, invented.sample("", 300))) <= invented.max_len
+
+
+def test_a_prompt_longer_than_max_len_is_an_error():
+    invented = random_model("\nab", max_len=3)
+    assert list(invented.sample("aba", 2)) == ["aba", "aba"]
+    with pytest.raises(ValueError, match="4 characters are more than"):
+        invented.sample("abab")
+
+
+# The file
+
+
+def test_a_failed_save_leaves_the_file_as_it_was(tmp_path, stock_keras):
+    path = tmp_path / "model.h5"
+    network = model.build_network(3, units=2, layers=1, dropout=0.0)
+    network.compile(loss="sparse_categorical_crossentropy")
+    metadata = {"alphabet": "\nab", "max_len": 4, "units": 2, "layers": 1}
+    model.save(path, network, network.get_weights(), metadata)
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        model.save(path, network, network.get_weights(), metadata, [object()])
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["model.h5"]
+    loaded, found = model.load(path)
+    assert found == {"format": model.FORMAT, **metadata}
+    for ours, theirs in zip(loaded.weights, network.get_weights()):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_an_alphabet_of_any_size_is_kept(tmp_path, stock_keras):
+    symbols = "\n" + "".join(map(chr, range(0x4E00, 0x4E00 + 20_000)))
+    network = model.build_network(len(symbols), units=1, layers=1, dropout=0.0)
+    network.compile(loss="sparse_categorical_crossentropy")
+    metadata = {"alphabet": symbols, "max_len": 4, "units": 1, "layers": 1}
+    model.save(tmp_path / "model.h5", network, network.get_weights(), metadata)
+    assert model.load(tmp_path / "model.h5")[0].alphabet.symbols == symbols
+    stock_keras.models.load_model(tmp_path / "model.h5")
+
+
+KERNEL = "model_weights/lstm_1/kernel"
+
+
+def set_metadata(**changes):
+    def tamper(file):
+        metadata = json.loads(file.attrs[model.METADATA])
+        file.attrs[model.METADATA] = json.dumps(metadata | changes)
+
+    return tamper
+
+
+def replace_kernel(make):
+    def tamper(file):
+        kernel = file[KERNEL][()]
+        del file[KERNEL]
+        make(file, kernel)
+
+    return tamper
+
+
+TAMPERED = {
+    "no metadata": lambda file: file.attrs.pop(model.METADATA),
+    "metadata of another type": lambda file: file.attrs.create(model.METADATA, 3),
+    "metadata not JSON": lambda file: file.attrs.create(model.METADATA, "{"),
+    "metadata not an object": lambda file: file.attrs.create(model.METADATA, "[]"),
+    "metadata too deep": lambda file: file.attrs.create(model.METADATA, "[" * 99_999),
+    "another format": set_metadata(format=2),
+    "no alphabet": set_metadata(alphabet=None),
+    "a character twice": set_metadata(alphabet="\naa"),
+    "a lone surrogate": set_metadata(alphabet="\na\ud800"),
+    "another alphabet size": set_metadata(alphabet="\nab"),
+    "no max_len": set_metadata(max_len=None),
+    "a true max_len": set_metadata(max_len=True),
+    "a huge max_len": set_metadata(max_len=10**30),
+    "units below 1": set_metadata(units=0),
+    "huge units": set_metadata(units=2**20),
+    "huge layers": set_metadata(layers=2**20),
+    "other layers": set_metadata(layers=2),
+    "no weights": lambda file: file.pop("model_weights"),
+    "no kernel": lambda file: file.pop(KERNEL),
+    "a group for a kernel": replace_kernel(lambda file, _: file.create_group(KERNEL)),
+    "a flat kernel": replace_kernel(lambda file, x: file.create_dataset(KERNEL, data=x.ravel())),
+    "a double kernel": replace_kernel(
+        lambda file, x: file.create_dataset(KERNEL, data=x.astype(float))
+    ),
+    "text for a kernel": replace_kernel(lambda file, _: file.create_dataset(KERNEL, data="text")),
+    "a chunked kernel": replace_kernel(
+        lambda file, x: file.create_dataset(KERNEL, data=x, compression="gzip")
+    ),
+    "a kernel elsewhere": replace_kernel(
+        lambda file, x: file.create_dataset(
+            KERNEL, x.shape, x.dtype, external=[("/dev/zero", 0, h5py.h5f.UNLIMITED)]
+        )
+    ),
+    "a soft link": replace_kernel(
+        lambda file, _: file.__setitem__(KERNEL, h5py.SoftLink("/model_weights/lstm_2/kernel"))
+    ),
+    "an external link": replace_kernel(
+        lambda file, _: file.__setitem__(KERNEL, h5py.ExternalLink(file.filename, KERNEL))
+    ),
+    "NaN": lambda file: file[KERNEL].__setitem__((0, 0), np.nan),
+    "infinity": lambda file: file[KERNEL].__setitem__((0, 0), np.inf),
+}
+
+
+@pytest.mark.parametrize("tamper", TAMPERED.values(), ids=TAMPERED)
+def test_a_file_that_is_not_a_whole_model_is_refused(tmp_path, trained, tamper):
+    path = tmp_path / "model.h5"
+    path.write_bytes((trained[0] / "incognito_model.h5").read_bytes())
+    model.load(path)
+    with h5py.File(path, "r+") as file:
+        tamper(file)
+    with pytest.raises(ValueError, match=NOT_A_MODEL) as caught:
+        model.load(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.6, 0.999])
+def test_a_truncated_file_is_refused(tmp_path, trained, share):
+    content = (trained[0] / "incognito_model.h5").read_bytes()
+    path = tmp_path / "model.h5"
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=NOT_A_MODEL):
+        model.load(path)
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="not a regular file"):
+        model.load(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("naïve 名前 👍", "naïve 名前 👍"),
+        ("a\x1b[31mb\nc\r\x07", r"a\x1b[31mb\nc\r\x07"),
+        ("a\u202eb\u200d\x9b", r"a\u202eb\u200d\x9b"),
+        ("\ud800", r"\ud800"),
+    ],
+)
+def test_printable_text_can_not_steer_a_terminal(text, shown):
+    assert model.printable(text) == shown

@@ -1,0 +1,377 @@
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+from build import on_terminal, read_until
+from conftest import CONTRACT, ROOT, assert_one_line_error, run
+
+import model
+import train
+
+SMALL = ["--units", 16, "--layers", 1, "--epochs", 3]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a few hundred different sequences to learn from."""
+    rng = np.random.default_rng(0)
+    names = ["".join(rng.choice(list("aeioukstmn"), rng.integers(3, 9))) for _ in range(300)]
+    (tmp_path / "sequences.txt").write_text("\n".join(names), encoding="utf-8")
+    return tmp_path
+
+
+def test_the_contract_command_tells_what_it_does_and_nothing_else(trained):
+    folder, process = trained
+    output = process.stdout
+    assert process.stderr == ""
+    assert sorted(os.listdir(folder)) == ["incognito_model.h5", "sequences.txt"]
+    assert re.search(r"Read 1,000 sequences, 4,991 characters, 38 different", output)
+    assert re.search(r"44 of them were longer and cut to 8 characters", output)
+    assert re.search(r"Learning from 900, holding out 100", output)
+    assert re.search(r"3 LSTM layers of 32 units, 27,143 parameters", output)
+    losses = [float(loss) for loss in re.findall(r"- loss: ([\d.]+)", output)]
+    held_out = [float(loss) for loss in re.findall(r"val_loss: ([\d.]+)", output)]
+    assert len(losses) == len(held_out) == len(re.findall("^invented: ", output, re.M)) == 10
+    assert losses[-1] < losses[0]
+    assert f"Best validation loss: {min(held_out):.4f}" in output
+    assert "\r" not in output
+    assert "\b" not in output
+    assert output.endswith("python sample.py --weights_path incognito_model.h5\n")
+
+
+def test_a_finished_run_says_so_and_changes_nothing(trained):
+    folder, first = trained
+    before = (folder / "incognito_model.h5").read_bytes()
+    again = run(*shlex.split(CONTRACT), cwd=folder)
+    assert again.returncode == 0
+    assert "is finished: it has learned for 10 epochs" in again.stdout
+    assert again.stdout.splitlines()[-2:] == first.stdout.splitlines()[-2:]
+    assert (folder / "incognito_model.h5").read_bytes() == before
+
+
+def test_the_loss_is_the_mean_over_characters_and_ends(trained):
+    folder, _ = trained
+    with open(folder / "sequences.txt", encoding="utf-8") as file:
+        corpus = model.encode(file.read().split("\n"), sentinel=" ", max_len=8)
+    _, held_out = train.split(corpus, 0.1, seed=0)
+    ours, metadata = model.load(folder / "incognito_model.h5")
+    total = count = 0
+    for row, complete in zip(held_out.rows, held_out.complete):
+        text = corpus.alphabet.decode(row[row > 0])
+        distribution = model.softmax(ours.read(text)[0])
+        targets = [*corpus.alphabet.encode(text)] + [0] * int(complete)
+        total -= sum(np.log(distribution[step, target]) for step, target in enumerate(targets))
+        count += len(targets)
+    assert len(held_out) == 100
+    assert count == held_out.targets.sum()
+    assert min(metadata["history"]["val_loss"]) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_source_of_known_entropy_is_learned_to_within_2_percent(tmp_path):
+    symbols, end = "abcdefgh", 0.08
+    rng = np.random.default_rng(11)
+    first = rng.dirichlet(np.ones(8))
+    following = rng.dirichlet(np.full(8, 0.5), size=8) * (1 - end)
+    rows = np.hstack([following, np.full((8, 1), end)])
+
+    def entropy(p):
+        return -(p[p > 0] * np.log(p[p > 0])).sum()
+
+    # How often a sequence visits each state: (I - Q)⁻¹ of an absorbing chain.
+    visits = first @ np.linalg.inv(np.eye(8) - following)
+    nats = entropy(first) + visits @ [entropy(row) for row in rows]
+    expected = nats / (1 + visits.sum())
+
+    def draw():
+        text, state = "", rng.choice(8, p=first)
+        while state < 8:
+            text += symbols[state]
+            state = rng.choice(9, p=rows[state])
+        return text
+
+    (tmp_path / "chain.txt").write_text("\n".join(draw() for _ in range(4000)))
+    command = (
+        "train.py --sequence_path chain.txt --units 32 --layers 1 --dropout 0 --epochs 6 "
+        "--max_len 200 --validation_split 0.2 --save_path chain.h5"
+    )
+    process = run(*shlex.split(command), cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    _, metadata = model.load(tmp_path / "chain.h5")
+    assert min(metadata["history"]["val_loss"]) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_model_of_cut_sequences_learns_no_end(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = ["".join(rng.choice(list("abc"), 30)) for _ in range(500)]
+    (tmp_path / "sequences.txt").write_text("\n".join(lines))
+    process = run("train.py", *SMALL, "--max_len", 10, "--epochs", 6, cwd=tmp_path)
+    assert "500 of them were longer and cut to 10 characters" in process.stdout
+    ours, _ = model.load(tmp_path / "incognito_model.h5")
+    logits, _ = ours.read(lines[0])
+    assert model.softmax(logits)[:, 0].max() < 0.01
+    assert {len(text) for text in ours.sample(count=200)} <= {9, 10}
+    result = run("sample.py", "--weights_path", "incognito_model.h5", "--prompt", "", cwd=tmp_path)
+    assert max(map(len, result.stdout.split())) == 10
+
+
+SCRIPTS = "さくら\n山田太郎\nمحمد\nفاطمة\nZoë\nČeněk\n😀👍\n👩‍🚀\n"
+
+
+@pytest.mark.parametrize(
+    ("loader", "content"),
+    [
+        ("SequenceLoader", "\ufeff\n" + SCRIPTS.replace("\n", "\r\n\r\n")),
+        ("UserNameLoader", 'name,n\n"Doe, J",1\n"two\nlines",2\n' + SCRIPTS),
+    ],
+)
+def test_any_script_can_be_learned_and_invented(tmp_path, loader, content):
+    (tmp_path / "names").write_bytes(content.encode())
+    expected = set(SCRIPTS.split()) | ({"Doe, J", "two\nlines"} if "Doe" in content else set())
+    command = (
+        f"train.py --loader_class {loader} --sequence_path names --units 48 --layers 1 "
+        "--sentinel | --dropout 0 --epochs 40 --batch_size 2 --learning_rate 0.02 "
+        "--validation_split 0"
+    )
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    process = run(*shlex.split(command), cwd=tmp_path, env=ascii_only)
+    assert process.returncode == 0, process.stderr
+    trained, _ = model.load(tmp_path / "incognito_model.h5")
+    invented = list(trained.sample(count=200))
+    assert set(invented) >= expected
+    assert sum(text in expected for text in invented) > 150
+    process = run(
+        *shlex.split("sample.py --weights_path incognito_model.h5 --num_samples 3"),
+        cwd=tmp_path,
+        input="さ\nمح\nZo\n👩\n",
+        env=ascii_only | {"PYTHONIOENCODING": ""},
+    )
+    assert process.returncode == 0, process.stderr
+    starts = [line[:1] for line in process.stdout.split("\n")]
+    assert starts == [*"さささمممZZZ👩👩👩", ""]
+
+
+# Mistakes
+
+
+MISTAKES = {
+    "an unknown flag": (["--unit", "3"], "unrecognized arguments: --unit 3"),
+    "an unknown loader": (["--loader_class", "Loader"], "--loader_class: invalid choice"),
+    "no number": (["--units", "many"], "--units: invalid int value: 'many'"),
+    "no units": (["--units", "0"], "--units: not from 1 to"),
+    "negative epochs": (["--epochs", "-3"], "--epochs: not from 1 to"),
+    "a NaN": (["--dropout", "nan"], "--dropout: not from 0 to"),
+    "all held out": (["--validation_split", "1"], "--validation_split: not from 0 to"),
+    "a long sentinel": (["--sentinel", "ab"], "--sentinel: not a single character: 'ab'"),
+    "no sentinel": (["--sentinel", ""], "--sentinel: not a single character: ''"),
+    "nothing to wait for": (
+        ["--patience", "2", "--validation_split", "0"],
+        "--patience waits for a better validation loss",
+    ),
+    "a missing file": (
+        ["--sequence_path", "missing.txt"],
+        "--sequence_path: can't read missing.txt: No such file",
+    ),
+    "a folder for a file": (["--sequences_path", "."], "--sequence_path: can't read .: Is a dir"),
+    "a file not UTF-8": (["--sequence_path", "latin.txt"], "latin.txt, line 2: not UTF-8"),
+    "an empty file": (["--sequence_path", "blank.txt"], "blank.txt holds no sequence"),
+    "an empty CSV": (
+        ["--sequence_path", "latin.txt", "--loader_class", "UserNameLoader"],
+        "latin.txt, line 2: not UTF-8",
+    ),
+    "a sentinel in use": (
+        ["--sequence_path", "spaced.txt", "--sentinel", " "],
+        "spaced.txt, line 3: the sequence contains the sentinel ' ', as 2 of them do; "
+        "pass a character that none contains, such as --sentinel '~'",
+    ),
+    "no such folder": (["--save_path", "missing/model.h5"], "--save_path: missing/model.h5 can't"),
+    "a folder to save to": (["--save_path", "."], "--save_path: . can't be written"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_gets_one_line_at_once_and_no_file(folder, arguments, message):
+    (folder / "latin.txt").write_bytes(b"abc\ncaf\xe9\n")
+    (folder / "blank.txt").write_bytes(b"\n \n")
+    (folder / "spaced.txt").write_bytes(b"abc\n\na b\nc|d\ne f\n")
+    before = sorted(os.listdir(folder))
+    process = run("train.py", *arguments, cwd=folder)
+    assert_one_line_error(process, "train.py")
+    assert message in process.stderr
+    assert sorted(os.listdir(folder)) == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--units", "0"], ["--sequence_path", "missing"]]
+)
+def test_cheap_answers_do_not_wait_for_keras(folder, arguments):
+    process = subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / "train.py", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+    assert "argparse" in process.stderr
+    assert not re.search(r"\| +(keras|tensorflow|jax|wordfreq)\b", process.stderr)
+
+
+def test_help_shows_every_flag_with_its_default(folder):
+    process = run("train.py", "--help", cwd=folder)
+    assert process.returncode == 0
+    for flag in re.findall(r"--\w+", CONTRACT):
+        assert flag in process.stdout
+    shown = " ".join(process.stdout.split())
+    assert shown.count("(default: ") == 16
+    assert "example:" in shown
+
+
+# The file at --save_path
+
+
+def read_all(path):
+    """Everything in a file that training decides, as comparable values."""
+    found = {}
+
+    def visit(name, item):
+        if isinstance(item, h5py.Dataset):
+            found[name] = item[()].tobytes()
+
+    with h5py.File(path) as file:
+        file.visititems(visit)
+        found["metadata"] = file.attrs[model.METADATA]
+    return found
+
+
+def test_a_killed_run_continues_to_the_same_bits(folder):
+    command = ["train.py", *SMALL, "--layers", 2, "--epochs", 4, "--save_path"]
+    assert run(*command, "whole.h5", cwd=folder).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *map(str, command[1:]), "killed.h5"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("Epoch 3"):
+            process.kill()
+    assert process.wait() == -signal.SIGKILL
+    _, metadata = model.load(folder / "killed.h5")
+    assert 1 <= len(metadata["history"]["loss"]) < 4
+    continued = run(*command, "killed.h5", cwd=folder)
+    assert "Continuing killed.h5 after epoch" in continued.stdout
+    assert read_all(folder / "killed.h5") == read_all(folder / "whole.h5")
+
+
+def test_more_epochs_continue_a_finished_run(folder):
+    run("train.py", *SMALL, cwd=folder)
+    _, before = model.load(folder / "incognito_model.h5")
+    process = run("train.py", *SMALL, "--epochs", 5, cwd=folder)
+    assert "Continuing incognito_model.h5 after epoch 3" in process.stdout
+    assert "Epoch 4/5" in process.stdout
+    _, after = model.load(folder / "incognito_model.h5")
+    for name, losses in before["history"].items():
+        assert after["history"][name][:3] == losses
+        assert len(after["history"][name]) == 5
+
+
+def test_another_run_never_replaces_a_file_unless_told_to(trained, tmp_path):
+    folder, _ = trained
+    path = folder / "incognito_model.h5"
+    before = path.read_bytes()
+    (tmp_path / "other.txt").write_text("abc\ndef\n")
+    for change, message in {
+        ("--units", 16): "was trained with --units 32, not 16",
+        ("--seed", 1): "was trained with --seed 0, not 1",
+        ("--max_len", 7): "was trained with another --max_len",
+        ("--num_sequences", 999): "was trained on other data",
+        ("--sequence_path", tmp_path / "other.txt"): "was trained with another alphabet",
+    }.items():
+        process = run(*shlex.split(CONTRACT), *change, cwd=folder)
+        assert_one_line_error(process, "train.py")
+        assert f"--save_path: incognito_model.h5 {message}; pass --overwrite" in process.stderr
+    assert path.read_bytes() == before
+    copy = tmp_path / "copy.h5"
+    copy.write_bytes(before)
+    (tmp_path / "sequences.txt").write_text("abc\ndef\n")
+    process = run("train.py", *SMALL, "--save_path", copy, "--overwrite", cwd=tmp_path)
+    assert process.returncode == 0
+    assert model.load(copy)[1]["units"] == 16
+
+
+@pytest.mark.parametrize("content", [b"my diary\n", b"", b"\x89HDF\r\n\x1a\n" + bytes(2000)])
+def test_a_file_that_is_no_model_is_never_replaced(folder, content):
+    (folder / "incognito_model.h5").write_bytes(content)
+    process = run("train.py", *SMALL, cwd=folder)
+    assert_one_line_error(process, "train.py")
+    assert "not a model that train.py saved" in process.stderr
+    assert "--overwrite" in process.stderr
+    assert (folder / "incognito_model.h5").read_bytes() == content
+
+
+def test_a_model_without_training_state_is_not_continued(folder):
+    run("train.py", *SMALL, cwd=folder)
+    with h5py.File(folder / "incognito_model.h5", "r+") as file:
+        del file[model.TRAINING_STATE]
+    process = run("train.py", *SMALL, cwd=folder)
+    assert_one_line_error(process, "train.py")
+    assert "holds a finished model without what continuing needs" in process.stderr
+
+
+def test_patience_stops_a_run_that_no_longer_improves(folder):
+    arguments = ["--units", 64, "--layers", 1, "--dropout", 0, "--learning_rate", 0.05]
+    command = ["train.py", *arguments, "--epochs", 60, "--patience", 2]
+    process = run(*command, cwd=folder)
+    assert process.returncode == 0
+    _, metadata = model.load(folder / "incognito_model.h5")
+    losses = metadata["history"]["val_loss"]
+    assert 3 <= len(losses) < 60
+    assert losses.index(min(losses)) == len(losses) - 3
+    assert "is finished" in run(*command, cwd=folder).stdout
+
+
+def test_a_loss_that_is_no_number_stops_with_a_line(folder, monkeypatch):
+    process = run(
+        "train.py", *SMALL, "--learning_rate", 10, "--epochs", 1, "--units", 200, cwd=folder
+    )
+    if process.returncode:  # whether so large a step overflows depends on the machine
+        assert "is not a number any more; try a --learning_rate below 10" in process.stderr
+
+
+def test_the_held_out_part_is_a_share_of_the_distinct_sequences():
+    rng = np.random.default_rng(0)
+    sequences = ["".join(rng.choice(list("abcd"), 4)) for _ in range(2000)]
+    corpus = model.encode(sequences)
+    training, held_out = train.split(corpus, 0.1, seed=3)
+    assert len(training) + len(held_out) == 2000
+    kinds = [{row.tobytes() for row in part.rows} for part in (training, held_out)]
+    assert not kinds[0] & kinds[1]
+    assert len(kinds[1]) == round(0.1 * len(set(sequences)))
+    assert train.split(corpus, 0.1, seed=3)[1].rows.tobytes() == held_out.rows.tobytes()
+    assert train.split(corpus, 0.1, seed=4)[1].rows.tobytes() != held_out.rows.tobytes()
+    assert len(train.split(corpus, 0, seed=3)[1]) == 0
+    assert len(train.split(model.encode(["a", "a"]), 0.5, seed=3)[1]) == 0
+    assert len(train.split(model.encode(["a", "b"]), 0.1, seed=3)[1]) == 1
+
+
+# On a terminal
+
+
+def test_a_terminal_shows_a_progress_bar_and_ctrl_c_stops(folder):
+    command = [sys.executable, ROOT / "train.py", *map(str, SMALL), "--epochs", "500"]
+    with on_terminal(command, cwd=folder) as (terminal, process):
+        shown = read_until(terminal, "Epoch 3/500\r\n")
+        os.write(terminal, b"\x03")
+        shown += read_until(terminal, None)
+        assert process.wait(60) == 130
+    assert re.search(r"9/9\x1b.*━.* - loss: [\d.]+ - val_loss: [\d.]+", shown)
+    assert len(re.findall("^invented: ", shown, re.M)) >= 2
+    assert "Stopped: incognito_model.h5 keeps the last whole epoch" in shown
+    assert "Traceback" not in shown
+    assert not re.search(r"oneDNN|CUDA|cuda|absl", shown)
+    _, metadata = model.load(folder / "incognito_model.h5")
+    assert 2 <= len(metadata["history"]["loss"]) < 500
