@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import os
@@ -443,13 +444,10 @@ def save(path, network, weights, metadata, training_state=()):
         training_state: list of arrays that only continuing the training needs.
 
     Raises:
-        OSError: if the file can't be written.
+        OSError: if the file can't be written; then the old one still stands.
     """
     import keras
 
-    path = os.path.realpath(path)
-    temporary = f"{path}.tmp"
-    shapes = weight_shapes(len(metadata["alphabet"]), metadata["units"], metadata["layers"])
     config = network.get_config()
     for layer in config["layers"]:
         layer["config"] = {key: value for key, value in layer["config"].items() if key in ESSENTIAL}
@@ -460,30 +458,40 @@ def save(path, network, weights, metadata, training_state=()):
         "weighted_metrics": None,
         "optimizer_config": {"class_name": "Adam", "config": {}},
     }
+    shapes = weight_shapes(len(metadata["alphabet"]), metadata["units"], metadata["layers"])
+    # In memory first, because HDF5 recovers badly from a full disk.
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        group = file.create_group("model_weights")
+        for place in (file, group):
+            place.attrs["keras_version"] = keras.__version__
+            place.attrs["backend"] = keras.backend.backend()
+        file.attrs["model_config"] = json.dumps({"class_name": "Sequential", "config": config})
+        file.attrs["training_config"] = json.dumps(training_config)
+        file.attrs[METADATA] = json.dumps({"format": FORMAT, **metadata}, ensure_ascii=False)
+        group.attrs["layer_names"] = list(shapes)
+        values = iter(weights)
+        for layer, names in shapes.items():
+            layer_group = group.create_group(layer)
+            layer_group.attrs["weight_names"] = list(names)
+            for name in names:
+                layer_group[name] = next(values)
+        for index, value in enumerate(training_state):
+            file[f"{TRAINING_STATE}/{index}"] = value
+    _replace(path, content.getbuffer())
+
+
+def _replace(path, content):
+    path = os.path.realpath(path)
+    temporary = f"{path}.tmp"
     try:
-        with h5py.File(temporary, "w") as file:
-            file.attrs["keras_version"] = keras.__version__
-            file.attrs["backend"] = keras.backend.backend()
-            file.attrs["model_config"] = json.dumps({"class_name": "Sequential", "config": config})
-            file.attrs["training_config"] = json.dumps(training_config)
-            file.attrs[METADATA] = json.dumps({"format": FORMAT, **metadata}, ensure_ascii=False)
-            group = file.create_group("model_weights")
-            group.attrs["keras_version"] = keras.__version__
-            group.attrs["backend"] = keras.backend.backend()
-            group.attrs["layer_names"] = list(shapes)
-            values = iter(weights)
-            for layer, names in shapes.items():
-                layer_group = group.create_group(layer)
-                layer_group.attrs["weight_names"] = list(names)
-                for name in names:
-                    layer_group[name] = next(values)
-            for index, value in enumerate(training_state):
-                file[f"{TRAINING_STATE}/{index}"] = value
-        with open(temporary, "rb") as file:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        if os.path.exists(temporary):
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
 

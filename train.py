@@ -1,6 +1,7 @@
 """Learns to write sequences like those in a file and saves what it learned as an `.h5`."""
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import math
@@ -110,7 +111,7 @@ def parse_arguments(arguments=None):
     fit.add_argument(
         "--learning_rate",
         type=within(float, 1e-9, 10),
-        default=0.003,
+        default=0.01,
         help="Adam's at the start; it falls to 0 over all epochs along a cosine",
     )
     fit.add_argument(
@@ -341,6 +342,9 @@ def import_keras():
         os.dup2(messages.fileno(), 2)
         try:
             import keras
+
+            with contextlib.suppress(ImportError):
+                import tensorflow  # noqa: F401 - on any backend, Keras would later
         except BaseException:
             messages.seek(0)
             os.write(stderr, messages.read())
@@ -419,7 +423,8 @@ def fit(args, metadata, training, held_out, best, state):
             model.save(args.save_path, network, best, metadata, state)
         except OSError as error:
             raise UserError(
-                f"--save_path: can't write {args.save_path}: {error.strerror or error}"
+                f"--save_path: can't write {args.save_path}: {error.strerror}; what was saved "
+                "before is kept, and the same command continues"
             ) from None
         current = SequenceModel(alphabet, metadata["max_len"], network.get_weights())
         rng = np.random.default_rng((args.seed, epoch))

@@ -29,12 +29,12 @@ RECIPES = {
     "english_words_5000.h5": (
         "--loader_class VocabularyLoader --sequence_path pre_trained_models/english_words_5000.txt "
         "--num_sequences 5000 --sentinel ' ' --units 192 --layers 2 --dropout 0.4 "
-        "--batch_size 32 --learning_rate 0.003 --epochs 14 --validation_split 0"
+        "--batch_size 32 --learning_rate 0.01 --epochs 12 --validation_split 0"
     ),
     "user_names_10000.h5": (
         "--loader_class UserNameLoader --sequence_path pre_trained_models/user_names_10000.csv "
-        "--num_sequences 10000 --units 256 --layers 2 --dropout 0.3 "
-        "--batch_size 64 --learning_rate 0.003 --epochs 12 --validation_split 0"
+        "--num_sequences 10000 --units 192 --layers 2 --dropout 0.4 "
+        "--batch_size 32 --learning_rate 0.01 --epochs 8 --validation_split 0"
     ),
 }
 # What is typed at the prompt in each picture.

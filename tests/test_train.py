@@ -1,5 +1,6 @@
 import os
 import re
+import resource
 import shlex
 import signal
 import subprocess
@@ -277,6 +278,22 @@ def test_more_epochs_continue_a_finished_run(folder):
     for name, losses in before["history"].items():
         assert after["history"][name][:3] == losses
         assert len(after["history"][name]) == 5
+
+
+def test_a_full_disk_stops_with_a_line_and_keeps_the_file(folder):
+    run("train.py", *SMALL, cwd=folder)
+    before = (folder / "incognito_model.h5").read_bytes()
+    limit = len(before) // 2
+    process = run(
+        *["train.py", *SMALL, "--epochs", 5],
+        cwd=folder,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert process.returncode == 2
+    assert "error: --save_path: can't write incognito_model.h5: File too large" in process.stderr
+    assert process.stderr.count("\n") == 1
+    assert (folder / "incognito_model.h5").read_bytes() == before
+    assert sorted(os.listdir(folder)) == ["incognito_model.h5", "sequences.txt"]
 
 
 def test_another_run_never_replaces_a_file_unless_told_to(trained, tmp_path):

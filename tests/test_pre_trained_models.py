@@ -1,0 +1,76 @@
+import build
+import numpy as np
+import pytest
+from build import ROOT
+from conftest import PRE_TRAINED
+from PIL import Image
+
+import model
+from loaders import SequenceLoader, UserNameLoader
+
+
+@pytest.mark.parametrize("name", build.RECIPES)
+def test_a_shipped_model_is_small_and_freed_of_what_continuing_needs(name):
+    path = PRE_TRAINED / name
+    assert path.stat().st_size < 8_000_000
+    assert model.load_training_state(path) == []
+    trained, metadata = model.load(path)
+    assert metadata["data"]["sequences"] == (10_000 if "names" in name else 5_000)
+    assert trained.alphabet.sentinel == ("\n" if "names" in name else " ")
+
+
+@pytest.mark.parametrize("name", build.RECIPES)
+def test_the_card_names_the_command_behind_a_model(name):
+    card = (PRE_TRAINED / "README.md").read_text(encoding="utf-8")
+    assert f"python train.py {build.RECIPES[name]} --save_path {name}" in card
+
+
+def trigrams(texts):
+    return [
+        padded[i : i + 3] for text in texts for padded in [f" {text} "] for i in range(len(text))
+    ]
+
+
+def test_invented_words_look_like_english():
+    import wordfreq
+
+    english = set(trigrams(wordfreq.top_n_list("en", 10_000)))
+    trained, _ = model.load(PRE_TRAINED / "english_words_5000.h5")
+    words = list(trained.sample(count=2000, rng=np.random.default_rng(0)))
+    learned = set(SequenceLoader(PRE_TRAINED / "english_words_5000.txt"))
+    invented = [word for word in words if word not in learned]
+    assert len(set(invented)) > 1000
+    found = trigrams(invented)
+    assert sum(trigram in english for trigram in found) / len(found) > 0.93
+    shuffled = ["".join(np.random.default_rng(0).permutation(list(word))) for word in invented]
+    found = trigrams(shuffled)
+    assert sum(trigram in english for trigram in found) / len(found) < 0.75
+
+
+def test_invented_names_are_written_as_people_write_them():
+    people = list(UserNameLoader(PRE_TRAINED / "user_names_10000.csv"))
+    trained, _ = model.load(PRE_TRAINED / "user_names_10000.h5")
+    invented = list(trained.sample(count=3000, rng=np.random.default_rng(0)))
+    assert len(set(invented) - set(people)) > 2500
+    for kind in (str.islower, str.isalpha, str.istitle, lambda name: "-" in name):
+        shares = [np.mean([kind(name) for name in names]) for names in (people, invented)]
+        assert shares[0] == pytest.approx(shares[1], abs=0.06)
+    lengths = [np.mean([len(name) for name in names]) for names in (people, invented)]
+    assert lengths[0] == pytest.approx(lengths[1], rel=0.1)
+
+
+def test_a_picture_shows_what_the_program_showed(tmp_path, monkeypatch):
+    lines = build.record("Sta")
+    assert lines[0] == "$ python sample.py --weights_path 'pre_trained_models/user_names_10000.h5'"
+    assert lines[2] == "> Sta"
+    names = " ".join(lines[3:-1]).split()
+    assert len(names) == 100
+    assert all(name.startswith("Sta") for name in names)
+    build.make_picture(tmp_path / "sampled3.png")
+    for path in (tmp_path / "sampled3.png", *ROOT.glob("sampled?.png")):
+        assert path.stat().st_size < 100_000
+        with Image.open(path) as image:
+            assert image.format == "PNG"
+            assert 1200 < image.width < 2000
+            dark, light = image.convert("L").getextrema()
+            assert dark < 64 < 250 < light

@@ -1,0 +1,59 @@
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import CONTRACT, ROOT, run
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    (.*)$", README, re.M)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pip install -r requirements.txt",
+        "python sample.py --weights_path 'pre_trained_models/english_words_5000.h5'",
+        "python sample.py --weights_path 'pre_trained_models/user_names_10000.h5'",
+        f"python {CONTRACT}",
+    ],
+)
+def test_the_contract_is_in_the_readme(command):
+    assert command in COMMANDS
+
+
+def test_every_flag_in_the_readme_exists():
+    for script in ("train.py", "sample.py"):
+        known = set(re.findall(r"--\w+", run(script, "--help").stdout))
+        for command in COMMANDS:
+            for part in re.findall(rf"{script}([^&>|]*)", command):
+                assert set(re.findall(r"--\w+", part)) <= known
+
+
+def test_the_one_line_command_makes_sequences_the_contract_can_learn(tmp_path):
+    command = next(command for command in COMMANDS if "> sequences.txt" in command)
+    shell = command.replace("python ", shlex.quote(sys.executable) + " ", 1)
+    subprocess.run(shell, shell=True, check=True, cwd=tmp_path)
+    lines = (tmp_path / "sequences.txt").read_text(encoding="utf-8").split("\n")
+    assert len(lines) == 1001
+    assert not any(" " in line for line in lines)
+
+
+def test_the_python_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    process = subprocess.run(
+        [sys.executable, "-c", example], cwd=ROOT, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.endswith("\nu\n")
+
+
+def test_the_top_level_shows_what_it_should():
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    visible = {path.split("/")[0] for path in listing.stdout.split() if not path.startswith(".")}
+    expected = (
+        "sample.py train.py loaders.py model.py pre_trained_models requirements.txt README.md"
+    )
+    pictures = {f"sampled{number}.png" for number in (1, 2, 3)}
+    assert visible <= {*expected.split(), "tests", "LICENSE"} | pictures
