@@ -27,14 +27,7 @@ From a pipe, each line is a prompt. Results go to stdout, everything else to std
 
 
 def parse_arguments(arguments=None):
-    """Parses the command line.
-
-    Args:
-        arguments: list of str, or None for those of the process.
-
-    Returns:
-        Tuple `(parser, namespace)`.
-    """
+    """Returns the parser and what it makes of a list of str, or None for the process's."""
     parser = CommandLine(
         prog="sample.py",
         description=__doc__,

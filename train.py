@@ -41,14 +41,7 @@ SETTINGS = (
 
 
 def parse_arguments(arguments=None):
-    """Parses the command line.
-
-    Args:
-        arguments: list of str, or None for those of the process.
-
-    Returns:
-        Tuple `(parser, namespace)`.
-    """
+    """Returns the parser and what it makes of a list of str, or None for the process's."""
     parser = CommandLine(
         prog="train.py",
         description=__doc__,
@@ -355,6 +348,36 @@ def import_keras():
     return keras
 
 
+def prepare_network(args, training, steps):
+    """Builds and compiles the Keras network and its optimizer.
+
+    Args:
+        args: the command line.
+        training: `model.Corpus`.
+        steps: int, how many training steps all epochs take together.
+
+    Returns:
+        A `keras.Sequential` that has learned nothing but how frequent each
+        character is.
+    """
+    import keras
+
+    keras.utils.set_random_seed(args.seed)
+    network = model.build_network(len(training.alphabet), args.units, args.layers, args.dropout)
+    rate = keras.optimizers.schedules.CosineDecay(args.learning_rate, steps)
+    network.compile(
+        optimizer=keras.optimizers.Adam(rate, global_clipnorm=1.0),
+        loss="sparse_categorical_crossentropy",
+    )
+    network.optimizer.build(network.trainable_variables)
+    # The softmax starts from the frequencies of the targets: a good place to learn
+    # from, and what never is one (the end, if all sequences were cut) stays unlikely.
+    counts = np.bincount(training.rows[training.rows > 0], minlength=len(training.alphabet))
+    counts[0] = np.count_nonzero(training.complete)
+    network.layers[-1].bias.assign(np.log((counts + 0.5) / counts.sum()))
+    return network
+
+
 def fit(args, metadata, training, held_out, best, state):
     """Trains, saving after each epoch.
 
@@ -366,29 +389,12 @@ def fit(args, metadata, training, held_out, best, state):
             `find_earlier_run` returns them.
 
     Raises:
-        UserError: if the loss stops being a number, or the earlier run's
-            state can't be taken up.
+        UserError: if the loss stops being a number, the file can't be
+            written, or the earlier run's state can't be taken up.
     """
     keras = import_keras()
-    keras.utils.set_random_seed(args.seed)
-    alphabet = training.alphabet
-    network = model.build_network(len(alphabet), args.units, args.layers, args.dropout)
-    metadata["versions"] = {"keras": keras.__version__, "numpy": np.__version__}
-    history = metadata["history"]
-    done = len(history["loss"])
-
     dataset = make_dataset(training, args.batch_size)
-    rate = keras.optimizers.schedules.CosineDecay(args.learning_rate, args.epochs * len(dataset))
-    network.compile(
-        optimizer=keras.optimizers.Adam(rate, global_clipnorm=1.0),
-        loss="sparse_categorical_crossentropy",
-    )
-    # A good place to start: each character as likely as it is among all targets.
-    # What is never one, as the end where every sequence was cut, stays unlikely.
-    counts = np.bincount(training.rows[training.rows > 0], minlength=len(alphabet))
-    counts[0] = np.count_nonzero(training.complete)
-    network.layers[-1].bias.assign(np.log((counts + 0.5) / counts.sum()))
-    network.optimizer.build(network.trainable_variables)
+    network = prepare_network(args, training, args.epochs * len(dataset))
     variables = network.variables + network.optimizer.variables
     if state:
         if [array.shape for array in state] != [tuple(variable.shape) for variable in variables]:
@@ -398,6 +404,8 @@ def fit(args, metadata, training, held_out, best, state):
             )
         for variable, array in zip(variables, state):
             variable.assign(array)
+    metadata["versions"] = {"keras": keras.__version__, "numpy": np.__version__}
+    history = metadata["history"]
     print(
         f"Network: {args.layers} LSTM layers of {args.units} units, "
         f"{network.count_params():,} parameters"
@@ -426,7 +434,7 @@ def fit(args, metadata, training, held_out, best, state):
                 f"--save_path: can't write {args.save_path}: {error.strerror}; what was saved "
                 "before is kept, and the same command continues"
             ) from None
-        current = SequenceModel(alphabet, metadata["max_len"], network.get_weights())
+        current = SequenceModel(training.alphabet, metadata["max_len"], network.get_weights())
         rng = np.random.default_rng((args.seed, epoch))
         print("invented: " + "  ".join(map(model.printable, current.sample(count=8, rng=rng))))
         if args.patience and epochs_since_best(history) >= args.patience:
@@ -435,7 +443,7 @@ def fit(args, metadata, training, held_out, best, state):
     network.fit(
         dataset,
         validation_data=make_dataset(held_out, args.batch_size) if len(held_out) else None,
-        initial_epoch=done,
+        initial_epoch=len(history["loss"]),
         epochs=args.epochs,
         shuffle=False,  # Keras's own order could not be continued; the dataset has one that can
         callbacks=[

@@ -115,8 +115,8 @@ def test_a_model_of_cut_sequences_learns_no_end(tmp_path):
     assert "500 of them were longer and cut to 10 characters" in process.stdout
     ours, _ = model.load(tmp_path / "incognito_model.h5")
     logits, _ = ours.read(lines[0])
-    assert model.softmax(logits)[:, 0].max() < 0.01
-    assert {len(text) for text in ours.sample(count=200)} <= {9, 10}
+    assert model.softmax(logits)[:, 0].max() < 0.001
+    assert np.mean([len(text) == 10 for text in ours.sample(count=500)]) > 0.97
     result = run("sample.py", "--weights_path", "incognito_model.h5", "--prompt", "", cwd=tmp_path)
     assert max(map(len, result.stdout.split())) == 10
 
