@@ -123,14 +123,14 @@ class UserNameLoader(SequenceLoader):
     empty = "holds no data row: after the header it needs a row with a first column"
 
     def _records(self):
-        rows = csv.reader(text for _, text in self._lines())
+        reader = csv.reader((text for _, text in self._lines()), strict=True)
+        rows = filter(None, reader)
         try:
             next(rows, None)
             for row in rows:
-                if row:
-                    yield rows.line_num, row[0]
+                yield reader.line_num, row[0]
         except csv.Error as error:
-            raise ValueError(f"{self.path}, line {rows.line_num}: not CSV: {error}.") from None
+            raise ValueError(f"{self.path}, line {reader.line_num}: not CSV: {error}.") from None
 
 
 LOADERS = {loader.__name__: loader for loader in (SequenceLoader, VocabularyLoader, UserNameLoader)}

@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import stat
 
 import h5py
@@ -90,7 +91,8 @@ class Corpus:
 
     Attributes:
         alphabet: `Alphabet`.
-        rows: array `(sequences, max_len)`, of the smallest unsigned integer
+        max_len: int, how many characters were kept of each sequence at most.
+        rows: array `(sequences, longest)`, of the smallest unsigned integer
             type that holds the alphabet: the ids of each sequence's
             characters, padded with 0, the sentinel.
         complete: bool array `(sequences,)`, False where the sequence was
@@ -98,6 +100,7 @@ class Corpus:
     """
 
     alphabet: Alphabet
+    max_len: int
     rows: np.ndarray
     complete: np.ndarray
 
@@ -157,12 +160,13 @@ def encode(sequences, sentinel="\n", max_len=None):
     known = np.unique(np.concatenate([np.unique(block) for block in points]))
     alphabet = Alphabet(sentinel + known.tobytes().decode("utf-32-le"))
     lengths = np.concatenate(lengths)
-    rows = np.zeros((len(lengths), max_len or lengths.max()), np.min_scalar_type(len(known)))
-    filled = np.arange(rows.shape[1]) < lengths[:, None]
+    longest = int(lengths.max())
+    rows = np.zeros((len(lengths), longest), np.min_scalar_type(len(known)))
+    filled = np.arange(longest) < lengths[:, None]
     rows[filled] = np.concatenate(
         [(np.searchsorted(known, block) + 1).astype(rows.dtype) for block in points]
     )
-    return Corpus(alphabet, rows, np.concatenate(complete))
+    return Corpus(alphabet, max_len or longest, rows, np.concatenate(complete))
 
 
 def make_batch(corpus, steps=None):
@@ -393,12 +397,23 @@ def _choose(logits, temperature, draws):
 class CommandLine(argparse.ArgumentParser):
     """An `argparse.ArgumentParser` whose every error is one line on stderr.
 
-    Like its parent it exits with status 2.
+    Like its parent it exits with status 2. Its help shows the defaults, and
+    it takes no abbreviations, since they change as flags are added.
     """
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
 
     def error(self, message):
         """Prints the message, a str, and exits."""
         self.exit(2, f"{self.prog}: error: {printable(message)}\n")
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        if action.default is None or "(default" in action.help:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def within(kind, low, high):
@@ -461,14 +476,16 @@ def save(path, network, weights, metadata, training_state=()):
     shapes = weight_shapes(len(metadata["alphabet"]), metadata["units"], metadata["layers"])
     # In memory first, because HDF5 recovers badly from a full disk.
     content = io.BytesIO()
-    with h5py.File(content, "w") as file:
+    # The newest layout, because an attribute of the old one ends at 64 KiB.
+    with h5py.File(content, "w", libver="latest") as file:
         group = file.create_group("model_weights")
         for place in (file, group):
             place.attrs["keras_version"] = keras.__version__
             place.attrs["backend"] = keras.backend.backend()
         file.attrs["model_config"] = json.dumps({"class_name": "Sequential", "config": config})
         file.attrs["training_config"] = json.dumps(training_config)
-        file.attrs[METADATA] = json.dumps({"format": FORMAT, **metadata}, ensure_ascii=False)
+        text = json.dumps({"format": FORMAT, **metadata}, ensure_ascii=False)
+        file.attrs[METADATA] = np.bytes_(text.encode())
         group.attrs["layer_names"] = list(shapes)
         values = iter(weights)
         for layer, names in shapes.items():
@@ -485,10 +502,14 @@ def _replace(path, content):
     path = os.path.realpath(path)
     temporary = f"{path}.tmp"
     try:
-        with open(temporary, "wb") as file:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)  # what a killed run left
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if os.path.exists(path):
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -540,8 +561,13 @@ def load_training_state(path):
     with _open(path) as file:
         if file.get(TRAINING_STATE, getlink=True) is None:
             return []
-        count = len(_child(file, TRAINING_STATE))
-        return [_read_array(file, f"{TRAINING_STATE}/{index}") for index in range(count)]
+        arrays, budget = [], os.path.getsize(file.filename)
+        for index in range(len(_child(file, TRAINING_STATE))):
+            arrays.append(_read_array(file, f"{TRAINING_STATE}/{index}"))
+            budget -= arrays[-1].nbytes
+            if budget < 0:  # the same bytes can stand under many names
+                raise _ReadError("its arrays claim more bytes than it has")
+        return arrays
 
 
 @contextlib.contextmanager
@@ -570,11 +596,16 @@ class _ReadError(Exception):
 
 
 def _read_metadata(file):
-    text = file.attrs.get(METADATA)
-    if not isinstance(text, str):
+    if METADATA not in file.attrs:
         raise _ReadError(f"it has no attribute {METADATA!r}")
+    # Of a fixed size: at a damaged text of variable size HDF5 itself can hang.
+    attribute = file.attrs.get_id(METADATA)
+    if attribute.dtype.kind != "S" or attribute.shape != ():
+        raise _ReadError(f"its attribute {METADATA!r} is not a text of a fixed size")
+    if attribute.dtype.itemsize > os.path.getsize(file.filename):
+        raise _ReadError(f"its attribute {METADATA!r} claims more bytes than it has")
     try:
-        metadata = json.loads(text)
+        metadata = json.loads(file.attrs[METADATA])
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
@@ -608,15 +639,18 @@ def _child(group, name):
 
 def _read_array(file, name, shape=None):
     dataset = functools.reduce(_child, name.split("/"), file)
-    if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "fiu":
+    # First of all: to ask for the shape of an array that is put together from other
+    # files would open them.
+    layout = dataset.id.get_create_plist() if isinstance(dataset, h5py.Dataset) else None
+    if not layout or layout.get_layout() != h5py.h5d.CONTIGUOUS or layout.get_external_count():
+        raise _ReadError(f"{name} is not an array stored in one piece")
+    if dataset.dtype.kind not in "fiu":
         raise _ReadError(f"{name} is not an array of numbers")
     if shape and (dataset.shape != shape or dataset.dtype != np.float32):
         raise _ReadError(
             f"{name} should have shape {shape} and dtype float32. "
             f"Received: shape {dataset.shape}, dtype {dataset.dtype}"
         )
-    if dataset.chunks or dataset.external or dataset.is_virtual:
-        raise _ReadError(f"{name} is not stored in one piece")
     if dataset.nbytes > os.path.getsize(file.filename):
         raise _ReadError(f"{name} claims more bytes than the file has")
     array = dataset[()]

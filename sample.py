@@ -1,6 +1,5 @@
 """Invents sequences with a model that train.py saved."""
 
-import argparse
 import contextlib
 import math
 import os
@@ -32,8 +31,6 @@ def parse_arguments(arguments=None):
         prog="sample.py",
         description=__doc__,
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--weights_path",
@@ -41,20 +38,22 @@ def parse_arguments(arguments=None):
         help="a file that train.py saved (default: the English words that come with it)",
     )
     parser.add_argument(
-        "--prompt", help="answer these first characters, which may be none, and exit"
+        "--prompt",
+        help="answer these first characters, which may be none, and exit; "
+        "write --prompt=-a if they start with a dash",
     )
     parser.add_argument(
         "--num_samples",
         type=within(int, 1, 2**62),
         default=100,
-        help="sequences for each prompt (default: %(default)s)",
+        help="sequences for each prompt",
     )
     parser.add_argument(
         "--temperature",
         type=within(float, 0, 1000),
         default=1.0,
         help="below 1 likely characters become likelier, above 1 less so; 0 always takes the "
-        "likeliest (default: %(default)s, the distribution as it was learned)",
+        "likeliest",
     )
     parser.add_argument(
         "--max_len",
@@ -114,10 +113,9 @@ def arrange(texts, width):
 
 def count_cells(text):
     """Returns how many columns of a terminal a str takes: wide characters two, marks none."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        for c in text
-    )
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    marks = sum(unicodedata.category(character) in ("Mn", "Me") for character in text)
+    return len(text) + wide - marks
 
 
 def converse(invent):
@@ -183,7 +181,8 @@ def main(arguments=None):
     """
     parser, args = parse_arguments(arguments)
     # Bytes that are no characters become characters that no model knows.
-    sys.stdin.reconfigure(errors="surrogateescape")
+    encoding = {} if sys.stdin.isatty() else {"encoding": "utf-8-sig"}
+    sys.stdin.reconfigure(errors="surrogateescape", **encoding)
     if sys.stdout.isatty():
         sys.stdout.reconfigure(errors="backslashreplace")
     else:
@@ -214,6 +213,9 @@ def main(arguments=None):
     except BrokenPipeError:
         # Nobody reads the rest, which the interpreter would flush at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        parser.error(f"can't write the results: {error.strerror}")
     except KeyboardInterrupt:
         return 130
     return 0

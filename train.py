@@ -30,6 +30,8 @@ class UserError(ValueError):
 
 # What makes two runs the same run: a file is continued only if all of it agrees.
 SETTINGS = (
+    "max_len",
+    "sentinel",
     "units",
     "layers",
     "dropout",
@@ -46,8 +48,6 @@ def parse_arguments(arguments=None):
         prog="train.py",
         description=__doc__,
         epilog=EXAMPLE,
-        formatter_class=Help,
-        allow_abbrev=False,
     )
     many = within(int, 1, model.LIMIT)
 
@@ -124,15 +124,6 @@ def parse_arguments(arguments=None):
     return parser, parser.parse_args(arguments)
 
 
-class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults, but neither those that are None nor those a text spells out."""
-
-    def _get_help_string(self, action):
-        if action.default is None or "(default" in action.help:
-            return action.help
-        return super()._get_help_string(action)
-
-
 def one_character(text):
     """The `argparse` type of `--sentinel`."""
     if len(text) != 1 or "\ud800" <= text <= "\udfff":
@@ -158,18 +149,24 @@ def read_corpus(args):
             "name a file with your sequences"
         ) from None
     except model.SentinelError as error:
-        line, _ = next(itertools.islice(loader.numbered(), error.first, None))
-        used = set().union(*loader)
-        free = next(
-            c for c in map(chr, itertools.chain(b" |~^_#*/", range(1, 0xD800))) if c not in used
-        )
-        raise UserError(
-            f"{args.sequence_path}, line {line}: the sequence contains the sentinel "
-            f"{args.sentinel!r}, as {error.count} of them do; pass a character that none "
-            f"contains, such as --sentinel {shlex.quote(free)}"
-        ) from None
+        raise UserError(explain_sentinel(args, loader, error)) from None
     except ValueError as error:
         raise UserError(f"--sequence_path: {error}") from None
+
+
+def explain_sentinel(args, loader, error):
+    """Returns what to tell the user about a `model.SentinelError` in a loader's data."""
+    where, such_as = f"sequence {error.first + 1}", ""
+    if os.path.isfile(args.sequence_path):  # what came through a pipe can't be read again
+        line, _ = next(itertools.islice(loader.numbered(), error.first, None))
+        used = set(itertools.chain.from_iterable(loader))
+        candidates = itertools.chain(" |~^_", filter(str.isprintable, map(chr, range(33, 0xD800))))
+        free = next(character for character in candidates if character not in used)
+        where, such_as = f"line {line}", f", such as --sentinel {shlex.quote(free)}"
+    return (
+        f"{args.sequence_path}, {where}: the sequence contains the sentinel {args.sentinel!r} "
+        f"({error.count} in all do); pass a character that none contains{such_as}"
+    )
 
 
 def split(corpus, fraction, seed):
@@ -184,11 +181,11 @@ def split(corpus, fraction, seed):
 
     Returns:
         Tuple `(training, held_out)` of two `model.Corpus`. The second is
-        empty if `fraction` is 0 or all sequences are equal.
+        empty if that share of the distinct sequences is less than one.
     """
     _, kinds = np.unique(corpus.rows, axis=0, return_inverse=True)
     distinct = kinds.max() + 1
-    count = min(max(1, round(fraction * distinct)), distinct - 1) if fraction else 0
+    count = round(fraction * distinct)
     chosen = np.random.default_rng(seed).permutation(distinct)[:count]
     held_out = np.isin(kinds.ravel(), chosen)
     return corpus.subset(np.flatnonzero(~held_out)), corpus.subset(np.flatnonzero(held_out))
@@ -240,10 +237,11 @@ def make_dataset(corpus, batch_size):
 def describe(args, corpus):
     """Returns the metadata of a run that has not begun: a dict for `model.save`."""
     fingerprint = hashlib.sha256(corpus.alphabet.symbols.encode())
-    fingerprint.update(corpus.rows.tobytes() + corpus.complete.tobytes())
+    fingerprint.update(corpus.rows)
+    fingerprint.update(corpus.complete)
     return {
         "alphabet": corpus.alphabet.symbols,
-        "max_len": corpus.rows.shape[1],
+        "max_len": corpus.max_len,
         "units": args.units,
         "layers": args.layers,
         "loader_class": args.loader_class,
@@ -269,18 +267,27 @@ def find_earlier_run(args, metadata):
         UserError: if training must not or can't write there.
     """
     path = args.save_path
-    folder = os.path.dirname(os.path.realpath(path))
-    if os.path.isdir(path) or not os.access(folder, os.W_OK):
-        raise UserError(f"--save_path: {path} can't be written; name a file in a folder you own")
+    if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
+        raise UserError(f"--save_path: {path!r} is not a file; name one")
+    if os.path.exists(path) and os.path.samefile(path, args.sequence_path):
+        raise UserError(f"--save_path: {path} is the data of --sequence_path; name another file")
+    try:
+        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--save_path: can't write {path}: {error.strerror}; name a file in a folder "
+            "that you can write to"
+        ) from None
     if args.overwrite or not os.path.lexists(path):
         return None
     ways_out = "pass --overwrite to start over, or another --save_path"
     try:
         best, found = model.load(path)
-        state = model.load_training_state(path)
+        difference = find_difference(found, metadata)
+        state = [] if difference else model.load_training_state(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--save_path: {error}; {ways_out}") from None
-    difference = find_difference(found, metadata)
     if not difference and not (state and is_history(found.get("history"))):
         difference = "holds a finished model without what continuing needs"
     if difference:
@@ -295,10 +302,7 @@ def find_difference(found, metadata):
     for name in SETTINGS:
         now, then = metadata["settings"][name], settings.get(name)
         if now != then:
-            return f"was trained with --{name} {then}, not {now}"
-    for name, other in (("max_len", "another --max_len"), ("alphabet", "another alphabet")):
-        if metadata[name] != found[name]:
-            return f"was trained with {other}"
+            return f"was trained with --{name} {then!r}, not {now!r}"
     return None if metadata["data"] == found.get("data") else "was trained on other data"
 
 
@@ -338,7 +342,7 @@ def import_keras():
 
             with contextlib.suppress(ImportError):
                 import tensorflow  # noqa: F401 - on any backend, Keras would later
-        except BaseException:
+        except Exception:
             messages.seek(0)
             os.write(stderr, messages.read())
             raise
@@ -372,7 +376,9 @@ def prepare_network(args, training, steps):
     network.optimizer.build(network.trainable_variables)
     # The softmax starts from the frequencies of the targets: a good place to learn
     # from, and what never is one (the end, if all sequences were cut) stays unlikely.
-    counts = np.bincount(training.rows[training.rows > 0], minlength=len(training.alphabet))
+    counts = sum(
+        np.bincount(column, minlength=len(training.alphabet)) for column in training.rows.T
+    )
     counts[0] = np.count_nonzero(training.complete)
     network.layers[-1].bias.assign(np.log((counts + 0.5) / counts.sum()))
     return network
@@ -406,10 +412,7 @@ def fit(args, metadata, training, held_out, best, state):
             variable.assign(array)
     metadata["versions"] = {"keras": keras.__version__, "numpy": np.__version__}
     history = metadata["history"]
-    print(
-        f"Network: {args.layers} LSTM layers of {args.units} units, "
-        f"{network.count_params():,} parameters"
-    )
+    print(f"Network: {args.layers} × LSTM({args.units}), {network.count_params():,} parameters")
 
     def begin_epoch(epoch, logs):
         dataset.shuffle((args.seed, epoch))
@@ -431,8 +434,8 @@ def fit(args, metadata, training, held_out, best, state):
             model.save(args.save_path, network, best, metadata, state)
         except OSError as error:
             raise UserError(
-                f"--save_path: can't write {args.save_path}: {error.strerror}; what was saved "
-                "before is kept, and the same command continues"
+                f"--save_path: can't write {args.save_path}: {error.strerror}; "
+                "the epochs before this one are kept if there were any"
             ) from None
         current = SequenceModel(training.alphabet, metadata["max_len"], network.get_weights())
         rng = np.random.default_rng((args.seed, epoch))
@@ -447,7 +450,7 @@ def fit(args, metadata, training, held_out, best, state):
         epochs=args.epochs,
         shuffle=False,  # Keras's own order could not be continued; the dataset has one that can
         callbacks=[
-            keras.callbacks.ProgbarLogger(),
+            keras.callbacks.ProgbarLogger(),  # first, so that its line ends before ours begins
             keras.callbacks.LambdaCallback(begin_epoch, end_epoch),
         ],
         verbose=1 if sys.stdout.isatty() else 2,
@@ -470,8 +473,8 @@ def run(args):
     )
     if not corpus.complete.all():
         print(
-            f"{np.count_nonzero(~corpus.complete):,} of them were longer and cut to "
-            f"{metadata['max_len']} characters (--max_len)"
+            f"Cut to {metadata['max_len']} characters, because they were longer: "
+            f"{np.count_nonzero(~corpus.complete):,} (--max_len)"
         )
     print(f"Learning from {len(training):,}, holding out {len(held_out):,} to validate")
 
@@ -485,12 +488,27 @@ def run(args):
     else:
         if done:
             print(f"Continuing {args.save_path} after epoch {done}")
-        fit(args, metadata, training, held_out, best, state)
+        try:
+            fit(args, metadata, training, held_out, best, state)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(explain_stop(args, history)) from None
 
-    kind = "Best validation loss" if history["val_loss"] else "Last loss"
-    loss = min(history["val_loss"], default=history["loss"][-1])
-    print(f"{kind}: {loss:.4f} nats per character, perplexity {math.exp(loss):.3f}")
+    kept = len(history["loss"]) - epochs_since_best(history)
+    loss = (history["val_loss"] or history["loss"])[kept - 1]
+    perplexity = math.exp(loss) if loss < 700 else math.inf
+    print(
+        f"{args.save_path} holds epoch {kept}: {'validation ' if history['val_loss'] else ''}loss "
+        f"{loss:.4f} nats per character, perplexity {perplexity:.4g}"
+    )
     print(f"Sample from it: python sample.py --weights_path {shlex.quote(args.save_path)}")
+
+
+def explain_stop(args, history):
+    """Returns what to tell the user who stopped the training after these losses."""
+    if not history["loss"]:
+        return "before the first epoch was saved"
+    without = " without --overwrite" if args.overwrite else ""
+    return f"{args.save_path} keeps the last whole epoch; the same command{without} continues"
 
 
 def main(arguments=None):
@@ -507,9 +525,11 @@ def main(arguments=None):
         run(args)
     except UserError as error:
         parser.error(str(error))
-    except KeyboardInterrupt:
-        kept = "keeps the last whole epoch" if os.path.exists(args.save_path) else "is not begun"
-        print(f"\nStopped: {args.save_path} {kept}; the same command continues.", file=sys.stderr)
+    except OSError as error:  # reading and saving explain themselves; this is stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        parser.error(f"can't print what happens: {error.strerror}; whole epochs are kept")
+    except KeyboardInterrupt as stop:
+        print(f"\nStopped: {stop or 'before training began'}.", file=sys.stderr)
         sys.exit(130)
 
 

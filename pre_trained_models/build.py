@@ -43,7 +43,7 @@ SAMPLE = "sample.py --weights_path 'pre_trained_models/user_names_10000.h5'"
 COLUMNS = 96
 
 
-def make_list(target):
+def make_list(name, target):
     """Writes the 5,000 most frequent English words by wordfreq, one a line."""
     import wordfreq
 
@@ -51,20 +51,18 @@ def make_list(target):
     target.write_text("".join(word + "\n" for word in words), encoding="utf-8")
 
 
-def make_model(target):
+def make_model(name, target):
     """Trains a model and keeps of its file what others need: not what continuing would."""
     import h5py
 
     with tempfile.TemporaryDirectory() as folder:
-        trained = os.path.join(folder, target.name)
-        command = ["train.py", *shlex.split(RECIPES[target.name]), "--save_path", trained]
+        trained = os.path.join(folder, name)
+        command = ["train.py", *shlex.split(RECIPES[name]), "--save_path", trained]
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-        slim = target.with_suffix(".tmp")
-        with h5py.File(trained, "r") as source, h5py.File(slim, "w") as copy:
-            for name, value in source.attrs.items():
-                copy.attrs[name] = value
+        with h5py.File(trained, "r") as source, h5py.File(target, "w", libver="latest") as copy:
+            for attribute, value in source.attrs.items():
+                copy.attrs[attribute] = value
             source.copy("model_weights", copy)
-        os.replace(slim, target)
 
 
 def record(prompt):
@@ -126,7 +124,7 @@ def read_until(terminal, ending, seconds=60):
 
     Args:
         terminal: int, the file descriptor that `on_terminal` yields.
-        ending: str to stop at, or None to stop when the program is gone.
+        ending: str to stop after, or None to stop when the program is gone.
         seconds: how long to wait for more to show.
 
     Returns:
@@ -136,9 +134,9 @@ def read_until(terminal, ending, seconds=60):
         TimeoutError: if nothing more shows and it has not ended so.
     """
     shown = b""
-    while ending is None or not shown.endswith(ending.encode()):
+    while ending is None or ending.encode() not in shown:
         if not select.select([terminal], [], [], seconds)[0]:
-            raise TimeoutError(f"the terminal shows {shown!r}, which does not end in {ending!r}")
+            raise TimeoutError(f"the terminal shows {shown!r} and no {ending!r}")
         try:
             read = os.read(terminal, 65536)
         except OSError:  # what Linux answers once the program is gone
@@ -149,12 +147,12 @@ def read_until(terminal, ending, seconds=60):
     return shown.decode()
 
 
-def make_picture(target):
+def make_picture(name, target):
     """Draws the terminal after a prompt was answered."""
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
 
-    lines = record(PICTURES[target.name])
+    lines = record(PICTURES[name])
     font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", 24)
     width, height, margin = font.getlength("M"), 32, 24
     size = round(width * COLUMNS) + 2 * margin, height * len(lines) + 2 * margin
@@ -162,7 +160,7 @@ def make_picture(target):
     draw = ImageDraw.Draw(image)
     for row, line in enumerate(lines):
         draw.text((margin, margin + row * height), line, fill=32, font=font)
-    image.quantize(16).save(target, optimize=True)
+    image.quantize(16).save(target, format="PNG", optimize=True)
 
 
 def main():
@@ -180,7 +178,9 @@ def main():
             parser.error(f"{name} is not among {', '.join(makers)}")
     for name in names:
         folder, make = makers[name]
-        make(folder / name)
+        temporary = folder / f"{name}.tmp"
+        make(name, temporary)
+        os.replace(temporary, folder / name)
 
 
 if __name__ == "__main__":

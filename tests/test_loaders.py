@@ -80,6 +80,7 @@ def test_a_csv_gives_its_first_column_without_the_header(write):
     expected = ["ann", "Doe, Jane", "two\nlines", 'say "hi"', "last"]
     assert list(UserNameLoader(write(content))) == expected
     assert list(UserNameLoader(write("\ufeff" + content), max_sequences=2)) == expected[:2]
+    assert list(UserNameLoader(write("\n" + content))) == expected
 
 
 def test_a_csv_needs_a_data_row(write):
@@ -88,9 +89,10 @@ def test_a_csv_needs_a_data_row(write):
             list(UserNameLoader(write(content)))
 
 
-def test_a_malformed_csv_is_named_by_line(write):
+@pytest.mark.parametrize("content", ["name\nann\nbob\rcarl\n", 'name\nann\n"bob\n'])
+def test_a_malformed_csv_is_named_by_line(write, content):
     with pytest.raises(ValueError, match="line 3: not CSV"):
-        list(UserNameLoader(write("name\nann\nbob\rcarl\n")))
+        list(UserNameLoader(write(content)))
 
 
 def test_the_vocabulary_is_the_most_used_words_best_first(write):

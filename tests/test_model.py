@@ -77,7 +77,9 @@ def test_the_end_of_a_cut_sequence_is_no_target():
 def test_max_len_is_the_longest_but_at_most_64():
     assert model.encode(["abc", "de"]).rows.shape == (2, 3)
     assert model.encode(["x" * 100]).rows.shape == (1, 64)
-    assert model.encode(["abc"], max_len=10).rows.shape == (1, 10)
+    corpus = model.encode(["abc"], max_len=10)
+    assert corpus.max_len == 10
+    assert corpus.rows.shape == (1, 3)
 
 
 def test_characters_beyond_the_cut_are_not_in_the_alphabet():
@@ -263,7 +265,7 @@ KERNEL = "model_weights/lstm_1/kernel"
 def set_metadata(**changes):
     def tamper(file):
         metadata = json.loads(file.attrs[model.METADATA])
-        file.attrs[model.METADATA] = json.dumps(metadata | changes)
+        file.attrs[model.METADATA] = np.bytes_(json.dumps(metadata | changes))
 
     return tamper
 
@@ -277,12 +279,23 @@ def replace_kernel(make):
     return tamper
 
 
+def borrow(path):
+    """The layout of an array without an end in another file, here one that nobody writes."""
+    os.mkfifo(path)
+    layout = h5py.VirtualLayout((39, 128), np.float32, maxshape=(None, 128))
+    source = h5py.VirtualSource(path, "x", (39, 128), np.float32, maxshape=(None, 128))
+    layout[: h5py.h5s.UNLIMITED, :] = source[: h5py.h5s.UNLIMITED, :]
+    return layout
+
+
 TAMPERED = {
     "no metadata": lambda file: file.attrs.pop(model.METADATA),
     "metadata of another type": lambda file: file.attrs.create(model.METADATA, 3),
-    "metadata not JSON": lambda file: file.attrs.create(model.METADATA, "{"),
-    "metadata not an object": lambda file: file.attrs.create(model.METADATA, "[]"),
-    "metadata too deep": lambda file: file.attrs.create(model.METADATA, "[" * 99_999),
+    "metadata of variable size": lambda file: file.attrs.create(model.METADATA, "{}"),
+    "metadata not JSON": lambda file: file.attrs.create(model.METADATA, np.bytes_("{")),
+    "metadata not UTF-8": lambda file: file.attrs.create(model.METADATA, np.bytes_(b'"\xff"')),
+    "metadata not an object": lambda file: file.attrs.create(model.METADATA, np.bytes_("[]")),
+    "metadata too deep": lambda file: file.attrs.create(model.METADATA, np.bytes_("[" * 60_000)),
     "another format": set_metadata(format=2),
     "no alphabet": set_metadata(alphabet=None),
     "a character twice": set_metadata(alphabet="\naa"),
@@ -310,6 +323,9 @@ TAMPERED = {
         lambda file, x: file.create_dataset(
             KERNEL, x.shape, x.dtype, external=[("/dev/zero", 0, h5py.h5f.UNLIMITED)]
         )
+    ),
+    "a kernel from another file": replace_kernel(
+        lambda file, x: file.create_virtual_dataset(KERNEL, borrow(file.filename + ".pipe"))
     ),
     "a soft link": replace_kernel(
         lambda file, _: file.__setitem__(KERNEL, h5py.SoftLink("/model_weights/lstm_2/kernel"))
@@ -341,6 +357,18 @@ def test_a_truncated_file_is_refused(tmp_path, trained, share):
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(ValueError, match=NOT_A_MODEL):
         model.load(path)
+
+
+def test_arrays_that_share_their_bytes_are_refused(tmp_path, trained):
+    path = tmp_path / "model.h5"
+    path.write_bytes((trained[0] / "incognito_model.h5").read_bytes())
+    with h5py.File(path, "r+") as file:
+        state = file[model.TRAINING_STATE]
+        largest = max(state.values(), key=lambda array: array.nbytes)
+        for index in range(len(state), 200):
+            state[str(index)] = largest
+    with pytest.raises(ValueError, match="claim more bytes than it has"):
+        model.load_training_state(path)
 
 
 def test_a_pipe_is_refused_at_once(tmp_path):

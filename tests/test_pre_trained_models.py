@@ -66,7 +66,7 @@ def test_a_picture_shows_what_the_program_showed(tmp_path, monkeypatch):
     names = " ".join(lines[3:-1]).split()
     assert len(names) == 100
     assert all(name.startswith("Sta") for name in names)
-    build.make_picture(tmp_path / "sampled3.png")
+    build.make_picture("sampled3.png", tmp_path / "sampled3.png")
     for path in (tmp_path / "sampled3.png", *ROOT.glob("sampled?.png")):
         assert path.stat().st_size < 100_000
         with Image.open(path) as image:

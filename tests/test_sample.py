@@ -23,6 +23,7 @@ def test_each_line_of_a_pipe_is_a_prompt():
     assert process.stderr == ""
     lines = process.stdout.split("\n")
     assert len(lines) == 4 * 7 + 1
+    assert run(*WORDS, input="\ufeffth\n").returncode == 0
     for start, prompt in zip(range(0, 28, 7), ["th", "", "qu", "last"]):
         assert all(line.startswith(prompt) for line in lines[start : start + 7])
 
@@ -186,7 +187,7 @@ def steering(trained, tmp_path):
         metadata = json.loads(file.attrs[model.METADATA])
         unsafe = "\n\x1b\x9b\r\x07\x08\u202e\u200f\u2028" + "".join(map(chr, range(0x80, 0x9F)))
         metadata["alphabet"] = "".join(dict.fromkeys(unsafe))[: len(metadata["alphabet"])]
-        file.attrs[model.METADATA] = json.dumps(metadata)
+        file.attrs[model.METADATA] = np.bytes_(json.dumps(metadata))
     return path
 
 

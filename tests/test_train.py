@@ -33,14 +33,15 @@ def test_the_contract_command_tells_what_it_does_and_nothing_else(trained):
     assert process.stderr == ""
     assert sorted(os.listdir(folder)) == ["incognito_model.h5", "sequences.txt"]
     assert re.search(r"Read 1,000 sequences, 4,991 characters, 38 different", output)
-    assert re.search(r"44 of them were longer and cut to 8 characters", output)
+    assert re.search(r"Cut to 8 characters, because they were longer: 44 ", output)
     assert re.search(r"Learning from 900, holding out 100", output)
-    assert re.search(r"3 LSTM layers of 32 units, 27,143 parameters", output)
+    assert re.search(r"3 × LSTM\(32\), 27,143 parameters", output)
     losses = [float(loss) for loss in re.findall(r"- loss: ([\d.]+)", output)]
     held_out = [float(loss) for loss in re.findall(r"val_loss: ([\d.]+)", output)]
     assert len(losses) == len(held_out) == len(re.findall("^invented: ", output, re.M)) == 10
     assert losses[-1] < losses[0]
-    assert f"Best validation loss: {min(held_out):.4f}" in output
+    best = held_out.index(min(held_out)) + 1
+    assert f"h5 holds epoch {best}: validation loss {min(held_out):.4f} nats" in output
     assert "\r" not in output
     assert "\b" not in output
     assert output.endswith("python sample.py --weights_path incognito_model.h5\n")
@@ -112,7 +113,7 @@ def test_a_model_of_cut_sequences_learns_no_end(tmp_path):
     lines = ["".join(rng.choice(list("abc"), 30)) for _ in range(500)]
     (tmp_path / "sequences.txt").write_text("\n".join(lines))
     process = run("train.py", *SMALL, "--max_len", 10, "--epochs", 6, cwd=tmp_path)
-    assert "500 of them were longer and cut to 10 characters" in process.stdout
+    assert "Cut to 10 characters, because they were longer: 500 " in process.stdout
     ours, _ = model.load(tmp_path / "incognito_model.h5")
     logits, _ = ours.read(lines[0])
     assert model.softmax(logits)[:, 0].max() < 0.001
@@ -187,11 +188,16 @@ MISTAKES = {
     ),
     "a sentinel in use": (
         ["--sequence_path", "spaced.txt", "--sentinel", " "],
-        "spaced.txt, line 3: the sequence contains the sentinel ' ', as 2 of them do; "
+        "spaced.txt, line 3: the sequence contains the sentinel ' ' (2 in all do); "
         "pass a character that none contains, such as --sentinel '~'",
     ),
-    "no such folder": (["--save_path", "missing/model.h5"], "--save_path: missing/model.h5 can't"),
-    "a folder to save to": (["--save_path", "."], "--save_path: . can't be written"),
+    "no such folder": (["--save_path", "missing/model.h5"], "--save_path: can't write missing/"),
+    "a path without a name": (["--save_path", "new/"], "--save_path: 'new/' is not a file"),
+    "the data to save to": (
+        ["--save_path", "sequences.txt", "--overwrite"],
+        "--save_path: sequences.txt is the data of --sequence_path",
+    ),
+    "a folder to save to": (["--save_path", "."], "--save_path: '.' is not a file; name one"),
 }
 
 
@@ -304,9 +310,10 @@ def test_another_run_never_replaces_a_file_unless_told_to(trained, tmp_path):
     for change, message in {
         ("--units", 16): "was trained with --units 32, not 16",
         ("--seed", 1): "was trained with --seed 0, not 1",
-        ("--max_len", 7): "was trained with another --max_len",
+        ("--max_len", 7): "was trained with --max_len 8, not 7",
         ("--num_sequences", 999): "was trained on other data",
-        ("--sequence_path", tmp_path / "other.txt"): "was trained with another alphabet",
+        ("--sentinel", "|"): "was trained with --sentinel ' ', not '|'",
+        ("--sequence_path", tmp_path / "other.txt"): "was trained on other data",
     }.items():
         process = run(*shlex.split(CONTRACT), *change, cwd=folder)
         assert_one_line_error(process, "train.py")
@@ -351,12 +358,59 @@ def test_patience_stops_a_run_that_no_longer_improves(folder):
     assert "is finished" in run(*command, cwd=folder).stdout
 
 
-def test_a_loss_that_is_no_number_stops_with_a_line(folder, monkeypatch):
-    process = run(
-        "train.py", *SMALL, "--learning_rate", 10, "--epochs", 1, "--units", 200, cwd=folder
+def test_a_loss_that_is_no_number_stops_with_a_line_and_keeps_the_file(folder):
+    run("train.py", *SMALL, cwd=folder)
+    with h5py.File(folder / "incognito_model.h5", "r+") as file:
+        for array in file[model.TRAINING_STATE].values():
+            if array.dtype == np.float32:  # weights whose sums are more than a float32 can hold
+                array[...] = np.resize([3e38, -3e38, 3e38], array.shape)
+    before = (folder / "incognito_model.h5").read_bytes()
+    process = run("train.py", *SMALL, "--epochs", 4, cwd=folder)
+    assert process.returncode == 2
+    assert process.stderr.startswith("train.py: error: the loss of epoch 4 is not a number")
+    assert process.stderr.count("\n") == 1
+    assert (folder / "incognito_model.h5").read_bytes() == before
+
+
+def test_a_pipe_that_closes_stops_the_run_with_a_line(folder):
+    command = [sys.executable, ROOT / "train.py", *map(str, SMALL), "--epochs", "1000"]
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    if process.returncode:  # whether so large a step overflows depends on the machine
-        assert "is not a number any more; try a --learning_rate below 10" in process.stderr
+    while not process.stdout.readline().startswith("invented: "):
+        pass
+    process.stdout.close()
+    assert process.wait(60) == 2
+    expected = "train.py: error: can't print what happens: Broken pipe; whole epochs are kept\n"
+    assert process.stderr.read() == expected
+    assert len(model.load(folder / "incognito_model.h5")[1]["history"]["loss"]) >= 1
+
+
+def test_a_run_that_starts_over_does_not_promise_to_continue(folder):
+    run("train.py", *SMALL, cwd=folder)
+    before = (folder / "incognito_model.h5").read_bytes()
+    command = [sys.executable, ROOT / "train.py", *map(str, SMALL), "--overwrite"]
+    with on_terminal([*command, "--epochs", "500"], cwd=folder) as (terminal, process):
+        read_until(terminal, "Learning from")
+        os.write(terminal, b"\x03")
+        shown = read_until(terminal, None)
+        assert process.wait(60) == 130
+    assert shown.endswith("Stopped: before the first epoch was saved.\r\n")
+    assert not re.search(r"oneDNN|CUDA|cuda|absl", shown)
+    assert (folder / "incognito_model.h5").read_bytes() == before
+    with on_terminal([*command, "--epochs", "500"], cwd=folder) as (terminal, process):
+        read_until(terminal, "Epoch 3/500\r\n")
+        os.write(terminal, b"\x03")
+        assert "same command without --overwrite continues" in read_until(terminal, None)
+        assert process.wait(60) == 130
+
+
+def test_the_sentinel_in_a_pipe_is_an_error_too(folder):
+    process = run(
+        *["train.py", "--sequence_path", "/dev/stdin", "--sentinel", " "], input="ab\nc d\n"
+    )
+    assert_one_line_error(process, "train.py")
+    assert "/dev/stdin, sequence 2: the sequence contains the sentinel ' '" in process.stderr
 
 
 def test_the_held_out_part_is_a_share_of_the_distinct_sequences():
@@ -372,7 +426,8 @@ def test_the_held_out_part_is_a_share_of_the_distinct_sequences():
     assert train.split(corpus, 0.1, seed=4)[1].rows.tobytes() != held_out.rows.tobytes()
     assert len(train.split(corpus, 0, seed=3)[1]) == 0
     assert len(train.split(model.encode(["a", "a"]), 0.5, seed=3)[1]) == 0
-    assert len(train.split(model.encode(["a", "b"]), 0.1, seed=3)[1]) == 1
+    assert len(train.split(model.encode(["a", "b"]), 0.1, seed=3)[1]) == 0
+    assert len(train.split(model.encode(["a", "b"]), 0.5, seed=3)[1]) == 1
 
 
 # On a terminal
