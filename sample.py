@@ -58,7 +58,7 @@ def parse_arguments(arguments=None):
     parser.add_argument(
         "--max_len",
         type=within(int, 1, model.LIMIT),
-        help="longest sequence (default: the longest that the model was trained on)",
+        help="longest sequence (default: that of the training)",
     )
     parser.add_argument(
         "--seed",
