@@ -94,13 +94,13 @@ def parse_arguments(arguments=None):
     network.add_argument(
         "--dropout",
         type=within(float, 0, 0.9),
-        default=0.2,
+        default=0.3,
         help="share of each layer's outputs that is dropped while it learns",
     )
 
     fit = parser.add_argument_group("fit")
     fit.add_argument("--batch_size", type=many, default=32, help="sequences a training step")
-    fit.add_argument("--epochs", type=many, default=20, help="passes over the data, in all")
+    fit.add_argument("--epochs", type=many, default=15, help="passes over the data, in all")
     fit.add_argument(
         "--learning_rate",
         type=within(float, 1e-9, 10),
