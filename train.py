@@ -23,6 +23,8 @@ The same command again continues where the file at --save_path stands, and so
 does a larger --epochs. Ctrl-C stops; what the last whole epoch learned is kept.
 """
 
+NOTHING_SAVED = "nothing new was saved"
+
 
 class UserError(ValueError):
     """What the user has to know and can mend; the message says how."""
@@ -506,7 +508,7 @@ def run(args):
 def explain_stop(args, history):
     """Returns what to tell the user who stopped the training after these losses."""
     if not history["loss"]:
-        return "before the first epoch was saved"
+        return NOTHING_SAVED
     without = " without --overwrite" if args.overwrite else ""
     return f"{args.save_path} keeps the last whole epoch; the same command{without} continues"
 
@@ -529,7 +531,7 @@ def main(arguments=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parser.error(f"can't print what happens: {error.strerror}; whole epochs are kept")
     except KeyboardInterrupt as stop:
-        print(f"\nStopped: {stop or 'before training began'}.", file=sys.stderr)
+        print(f"\nStopped: {str(stop) or NOTHING_SAVED}.", file=sys.stderr)
         sys.exit(130)
 
 

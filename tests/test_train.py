@@ -395,7 +395,7 @@ def test_a_run_that_starts_over_does_not_promise_to_continue(folder):
         os.write(terminal, b"\x03")
         shown = read_until(terminal, None)
         assert process.wait(60) == 130
-    assert shown.endswith("Stopped: before the first epoch was saved.\r\n")
+    assert shown.endswith("Stopped: nothing new was saved.\r\n")
     assert not re.search(r"oneDNN|CUDA|cuda|absl", shown)
     assert (folder / "incognito_model.h5").read_bytes() == before
     with on_terminal([*command, "--epochs", "500"], cwd=folder) as (terminal, process):
