@@ -18,13 +18,34 @@ import train
 SMALL = ["--units", 16, "--layers", 1, "--epochs", 3]
 
 
+def write_sequences(folder):
+    rng = np.random.default_rng(0)
+    names = ["".join(rng.choice(list("aeioukstmn"), rng.integers(3, 9))) for _ in range(300)]
+    (folder / "sequences.txt").write_text("\n".join(names), encoding="utf-8")
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A folder with a few hundred different sequences to learn from."""
-    rng = np.random.default_rng(0)
-    names = ["".join(rng.choice(list("aeioukstmn"), rng.integers(3, 9))) for _ in range(300)]
-    (tmp_path / "sequences.txt").write_text("\n".join(names), encoding="utf-8")
+    write_sequences(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """The content of the file that a run with the flags SMALL leaves."""
+    path = tmp_path_factory.mktemp("finished")
+    write_sequences(path)
+    process = run("train.py", *SMALL, cwd=path)
+    assert process.returncode == 0, process.stderr
+    return (path / "incognito_model.h5").read_bytes()
+
+
+@pytest.fixture
+def finished(folder, finished_run):
+    """The folder after such a run."""
+    (folder / "incognito_model.h5").write_bytes(finished_run)
+    return folder
 
 
 def test_the_contract_command_tells_what_it_does_and_nothing_else(trained):
@@ -274,32 +295,30 @@ def test_a_killed_run_continues_to_the_same_bits(folder):
     assert read_all(folder / "killed.h5") == read_all(folder / "whole.h5")
 
 
-def test_more_epochs_continue_a_finished_run(folder):
-    run("train.py", *SMALL, cwd=folder)
-    _, before = model.load(folder / "incognito_model.h5")
-    process = run("train.py", *SMALL, "--epochs", 5, cwd=folder)
+def test_more_epochs_continue_a_finished_run(finished):
+    _, before = model.load(finished / "incognito_model.h5")
+    process = run("train.py", *SMALL, "--epochs", 5, cwd=finished)
     assert "Continuing incognito_model.h5 after epoch 3" in process.stdout
     assert "Epoch 4/5" in process.stdout
-    _, after = model.load(folder / "incognito_model.h5")
+    _, after = model.load(finished / "incognito_model.h5")
     for name, losses in before["history"].items():
         assert after["history"][name][:3] == losses
         assert len(after["history"][name]) == 5
 
 
-def test_a_full_disk_stops_with_a_line_and_keeps_the_file(folder):
-    run("train.py", *SMALL, cwd=folder)
-    before = (folder / "incognito_model.h5").read_bytes()
+def test_a_full_disk_stops_with_a_line_and_keeps_the_file(finished):
+    before = (finished / "incognito_model.h5").read_bytes()
     limit = len(before) // 2
     process = run(
         *["train.py", *SMALL, "--epochs", 5],
-        cwd=folder,
+        cwd=finished,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert process.returncode == 2
     assert "error: --save_path: can't write incognito_model.h5: File too large" in process.stderr
     assert process.stderr.count("\n") == 1
-    assert (folder / "incognito_model.h5").read_bytes() == before
-    assert sorted(os.listdir(folder)) == ["incognito_model.h5", "sequences.txt"]
+    assert (finished / "incognito_model.h5").read_bytes() == before
+    assert sorted(os.listdir(finished)) == ["incognito_model.h5", "sequences.txt"]
 
 
 def test_another_run_never_replaces_a_file_unless_told_to(trained, tmp_path):
@@ -337,11 +356,10 @@ def test_a_file_that_is_no_model_is_never_replaced(folder, content):
     assert (folder / "incognito_model.h5").read_bytes() == content
 
 
-def test_a_model_without_training_state_is_not_continued(folder):
-    run("train.py", *SMALL, cwd=folder)
-    with h5py.File(folder / "incognito_model.h5", "r+") as file:
+def test_a_model_without_training_state_is_not_continued(finished):
+    with h5py.File(finished / "incognito_model.h5", "r+") as file:
         del file[model.TRAINING_STATE]
-    process = run("train.py", *SMALL, cwd=folder)
+    process = run("train.py", *SMALL, cwd=finished)
     assert_one_line_error(process, "train.py")
     assert "holds a finished model without what continuing needs" in process.stderr
 
@@ -358,18 +376,17 @@ def test_patience_stops_a_run_that_no_longer_improves(folder):
     assert "is finished" in run(*command, cwd=folder).stdout
 
 
-def test_a_loss_that_is_no_number_stops_with_a_line_and_keeps_the_file(folder):
-    run("train.py", *SMALL, cwd=folder)
-    with h5py.File(folder / "incognito_model.h5", "r+") as file:
+def test_a_loss_that_is_no_number_stops_with_a_line_and_keeps_the_file(finished):
+    with h5py.File(finished / "incognito_model.h5", "r+") as file:
         for array in file[model.TRAINING_STATE].values():
             if array.dtype == np.float32:  # weights whose sums are more than a float32 can hold
                 array[...] = np.resize([3e38, -3e38, 3e38], array.shape)
-    before = (folder / "incognito_model.h5").read_bytes()
-    process = run("train.py", *SMALL, "--epochs", 4, cwd=folder)
+    before = (finished / "incognito_model.h5").read_bytes()
+    process = run("train.py", *SMALL, "--epochs", 4, cwd=finished)
     assert process.returncode == 2
     assert process.stderr.startswith("train.py: error: the loss of epoch 4 is not a number")
     assert process.stderr.count("\n") == 1
-    assert (folder / "incognito_model.h5").read_bytes() == before
+    assert (finished / "incognito_model.h5").read_bytes() == before
 
 
 def test_a_pipe_that_closes_stops_the_run_with_a_line(folder):
@@ -386,19 +403,18 @@ def test_a_pipe_that_closes_stops_the_run_with_a_line(folder):
     assert len(model.load(folder / "incognito_model.h5")[1]["history"]["loss"]) >= 1
 
 
-def test_a_run_that_starts_over_does_not_promise_to_continue(folder):
-    run("train.py", *SMALL, cwd=folder)
-    before = (folder / "incognito_model.h5").read_bytes()
+def test_a_run_that_starts_over_does_not_promise_to_continue(finished):
+    before = (finished / "incognito_model.h5").read_bytes()
     command = [sys.executable, ROOT / "train.py", *map(str, SMALL), "--overwrite"]
-    with on_terminal([*command, "--epochs", "500"], cwd=folder) as (terminal, process):
+    with on_terminal([*command, "--epochs", "500"], cwd=finished) as (terminal, process):
         read_until(terminal, "Learning from")
         os.write(terminal, b"\x03")
         shown = read_until(terminal, None)
         assert process.wait(60) == 130
     assert shown.endswith("Stopped: nothing new was saved.\r\n")
     assert not re.search(r"oneDNN|CUDA|cuda|absl", shown)
-    assert (folder / "incognito_model.h5").read_bytes() == before
-    with on_terminal([*command, "--epochs", "500"], cwd=folder) as (terminal, process):
+    assert (finished / "incognito_model.h5").read_bytes() == before
+    with on_terminal([*command, "--epochs", "500"], cwd=finished) as (terminal, process):
         read_until(terminal, "Epoch 3/500\r\n")
         os.write(terminal, b"\x03")
         assert "same command without --overwrite continues" in read_until(terminal, None)
