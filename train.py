@@ -183,11 +183,11 @@ def split(corpus, fraction, seed):
 
     Returns:
         Tuple `(training, held_out)` of two `model.Corpus`. The second is
-        empty if that share of the distinct sequences is less than one.
+        empty if that share is less than one sequence; the first never is.
     """
     _, kinds = np.unique(corpus.rows, axis=0, return_inverse=True)
     distinct = kinds.max() + 1
-    count = round(fraction * distinct)
+    count = min(round(fraction * distinct), distinct - 1)
     chosen = np.random.default_rng(seed).permutation(distinct)[:count]
     held_out = np.isin(kinds.ravel(), chosen)
     return corpus.subset(np.flatnonzero(~held_out)), corpus.subset(np.flatnonzero(held_out))
@@ -429,8 +429,9 @@ def fit(args, metadata, training, held_out, best, state):
         for name, losses in history.items():
             if name in logs:
                 losses.append(logs[name])
+        weights = network.get_weights()
         if epochs_since_best(history) == 0:
-            best = network.get_weights()
+            best = weights
         state = [keras.ops.convert_to_numpy(variable) for variable in variables]
         try:
             model.save(args.save_path, network, best, metadata, state)
@@ -439,7 +440,7 @@ def fit(args, metadata, training, held_out, best, state):
                 f"--save_path: can't write {args.save_path}: {error.strerror}; "
                 "the epochs before this one are kept if there were any"
             ) from None
-        current = SequenceModel(training.alphabet, metadata["max_len"], network.get_weights())
+        current = SequenceModel(training.alphabet, metadata["max_len"], weights)
         rng = np.random.default_rng((args.seed, epoch))
         print("invented: " + "  ".join(map(model.printable, current.sample(count=8, rng=rng))))
         if args.patience and epochs_since_best(history) >= args.patience:
