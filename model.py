@@ -17,12 +17,15 @@ import json
 import os
 import shutil
 import stat
+import tempfile
 
 import h5py
 import numpy as np
 
 FORMAT = 1
 LONGEST = 64  # characters kept of a sequence unless the user says otherwise
+BATCH = 2048  # sequences that are invented at a time: more would not fit the cache
+DRAWS = 32  # random numbers that are made at a time for each of them
 LIMIT = 2**20  # the most that anybody can ask for: characters of a sequence, units, layers
 METADATA = "sequence_model"  # the root attribute that holds what Keras has no place for
 # What a layer's configuration must say. The rest are Keras's defaults, and
@@ -245,6 +248,29 @@ def weight_shapes(alphabet_size, units, layers):
     return shapes
 
 
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a network remembers of the sequences that it is reading, one a row.
+
+    Attributes:
+        hidden: float32 array `(rows, layers × units)`, each layer's last
+            output beside that of the layer below.
+        cell: float32 array `(layers, rows, units)`, each layer's memory cells.
+    """
+
+    hidden: np.ndarray
+    cell: np.ndarray
+
+    def take(self, rows):
+        """Returns a `State` that holds copies of the rows in an int array."""
+        return State(self.hidden[rows], self.cell[:, rows])
+
+    def move(self, sources, targets):
+        """Overwrites the rows in one int array by those in another of its length."""
+        self.hidden[targets] = self.hidden[sources]
+        self.cell[:, targets] = self.cell[:, sources]
+
+
 class SequenceModel:
     """A trained network in NumPy: it reads characters and invents the ones that follow.
 
@@ -259,37 +285,66 @@ class SequenceModel:
         self.max_len = max_len
         self.weights = weights
         *lstm, self._kernel, self._bias = weights
-        self._layers = [lstm[index : index + 3] for index in range(0, len(lstm), 3)]
+        self._layers = []
+        for index in range(0, len(lstm), 3):
+            kernel, recurrent_kernel, bias = map(self._by_gate, lstm[index : index + 3])
+            if index == 0:
+                # A one-hot row times a matrix is a row of that matrix.
+                self._layers.append((recurrent_kernel, kernel + bias))
+            else:
+                self._layers.append((np.concatenate([kernel, recurrent_kernel], axis=1), bias))
 
-    def step(self, ids, state=None):
+    def _by_gate(self, weights):
+        # Each gate's part becomes an array of its own, because NumPy is faster on whole
+        # arrays than on columns; and those of the three sigmoids are halved, because
+        # σ(x) = tanh(x / 2) / 2 + 1 / 2 then leaves one tanh to compute for all four.
+        gates = weights.reshape(-1, 4, len(self._kernel)).transpose(1, 0, 2)
+        i, f, g, o = gates
+        return np.stack([i * 0.5, f * 0.5, o * 0.5, g])
+
+    def start(self, rows=1):
+        """Returns the `State` before anything is read, for so many sequences."""
+        layers, units = len(self._layers), len(self._kernel)
+        return State(
+            np.zeros((rows, layers * units), np.float32),
+            np.zeros((layers, rows, units), np.float32),
+        )
+
+    def step(self, ids, state):
         """Reads one character of each of several sequences.
 
         Each layer computes Hochreiter and Schmidhuber's LSTM with forget
-        gates, its gates laid out as in `keras.layers.LSTM`: with
-        `i, f, g, o` the four parts of `x·kernel + h·recurrent_kernel + bias`,
+        gates, as `keras.layers.LSTM` does: with `i, f, g, o` the four parts
+        of `x·kernel + h·recurrent_kernel + bias`,
         `c ← σ(f)·c + σ(i)·tanh(g)` and `h ← σ(o)·tanh(c)`.
 
         Args:
             ids: int array `(batch,)`.
-            state: what the last call returned, or None at the start.
+            state: `State` of at least so many rows. The first `batch` of
+                them are read on, in place; the others stay.
 
         Returns:
-            Tuple `(logits, state)`. `logits` is a float32 array
-            `(batch, alphabet)`, whose softmax is the distribution of the next
-            character; `state` is a list with each layer's `(h, c)`, two
-            float32 arrays `(batch, units)`.
+            Float32 array `(batch, alphabet)`: logits, whose softmax is the
+            distribution of the next character.
         """
-        if state is None:
-            zeros = np.zeros((len(ids), self._kernel.shape[0]), np.float32)
-            state = [(zeros, zeros)] * len(self._layers)
-        following = []
-        for (kernel, recurrent_kernel, bias), (hidden, cell) in zip(self._layers, state):
-            # A one-hot row times a matrix is a row of that matrix.
-            product = following[-1][0] @ kernel if following else kernel[ids]
-            i, f, g, o = np.split(product + hidden @ recurrent_kernel + bias, 4, axis=1)
-            cell = _sigmoid(f) * cell + _sigmoid(i) * np.tanh(g)
-            following.append((_sigmoid(o) * np.tanh(cell), cell))
-        return following[-1][0] @ self._kernel + self._bias, following
+        batch, units = len(ids), len(self._kernel)
+        gates = np.empty((4, batch, units), np.float32)
+        for layer, (weights, offsets) in enumerate(self._layers):
+            hidden = state.hidden[:batch, : (layer + 1) * units]
+            # What the layer below has just put out and what this one put out last
+            # are neighbours there, so that one product serves both.
+            np.matmul(hidden[:, max(layer - 1, 0) * units :], weights, out=gates)
+            gates += offsets if layer else offsets[:, ids]
+            np.tanh(gates, out=gates)
+            sigmoids = gates[:3]
+            sigmoids *= 0.5
+            sigmoids += 0.5
+            i, f, o, g = gates
+            cell = state.cell[layer, :batch]
+            cell *= f
+            cell += np.multiply(i, g, out=i)
+            np.multiply(o, np.tanh(cell, out=g), out=hidden[:, -units:])
+        return hidden[:, -units:] @ self._kernel + self._bias
 
     def read(self, text):
         """Reads the sentinel and then a text.
@@ -299,18 +354,26 @@ class SequenceModel:
 
         Returns:
             Tuple `(logits, state)`: a float32 array `(len(text) + 1, alphabet)`,
-            one row after each character read, and the last state, as in `step`.
+            one row after each character read, and the `State` at the end, of
+            one row.
 
         Raises:
             ValueError: if `text` holds a character that the model can't read.
         """
-        state, rows = None, []
-        for index in (0, *self.alphabet.encode(text)):
-            logits, state = self.step(np.array([index]), state)
-            rows.append(logits)
-        return np.concatenate(rows), state
+        state = self.start()
+        ids = [0, *self.alphabet.encode(text)]
+        return np.concatenate([self.step(np.array([index]), state) for index in ids]), state
 
-    def sample(self, prompt="", count=1, temperature=1.0, max_len=None, rng=None):
+    def sample(
+        self,
+        prompt="",
+        count=1,
+        temperature=1.0,
+        top_k=None,
+        top_p=None,
+        max_len=None,
+        seed=None,
+    ):
         """Invents sequences.
 
         Each next character is drawn from the model's distribution, until the
@@ -318,14 +381,15 @@ class SequenceModel:
 
         Args:
             prompt: str, what each sequence starts with; may be empty.
-            count: int, how many sequences.
-            temperature: float ≥ 0 that divides the logits: below 1 makes
-                likely characters likelier, above 1 evens them out, 0 always
-                takes the likeliest.
+            count: int, how many sequences; None goes on for ever.
+            temperature, top_k, top_p: what is made of the distribution, as
+                in `distribution`.
             max_len: int or None, the longest sequence; None is the model's.
-            rng: `numpy.random.Generator` or None for a fresh one. A sequence
-                depends on its place in the count alone, so that a larger
-                count begins with the sequences of a smaller one.
+            seed: what `numpy.random.default_rng` takes: an int for the same
+                sequences each time, None for others, or a
+                `numpy.random.Generator`. A sequence depends on the seed and
+                its place in the count alone, so that a larger count or
+                `max_len` begins with the sequences of a smaller one.
 
         Returns:
             An iterator of str, each with the prompt.
@@ -335,63 +399,128 @@ class SequenceModel:
                 read or is longer than `max_len`.
         """
         max_len = max_len or self.max_len
+        self.check_length(prompt, max_len)
+        logits, state = self.read(prompt)
+        key = int(np.random.default_rng(seed).integers(2**63))
+        distribute = functools.partial(
+            distribution, temperature=temperature, top_k=top_k, top_p=top_p
+        )
+        return self._sample(
+            prompt, count, max_len - len(prompt), logits[-1:], state, distribute, key
+        )
+
+    def _sample(self, prompt, count, steps, logits, state, distribute, key):
+        most = batch_size(steps)
+        for start in itertools.count(step=most):
+            batch = most if count is None else min(most, count - start)
+            if batch <= 0:
+                return
+            invented = self._finish(batch, start, steps, logits, state, distribute, key)
+            text = self.alphabet.decode(invented[invented > 0])
+            end = 0
+            for length in np.count_nonzero(invented, axis=1).tolist():
+                begin, end = end, end + length
+                yield prompt + text[begin:end]
+
+    def _finish(self, batch, start, steps, logits, state, distribute, key):
+        first = np.zeros(batch, int)
+        logits, state = logits[first], state.take(first)
+        places = np.arange(batch)  # where each row's sequence stands among all of them
+        columns = [first]
+        for step in range(steps):
+            if step % DRAWS == 0:
+                draws = _draw(key, step // DRAWS, start, batch)
+            ids = _choose(distribute(logits), draws[places, step % DRAWS])
+            columns.append(np.zeros(batch, int))
+            columns[-1][places] = ids
+            # The last rows that go on take the places of those that have ended.
+            going_on = ids > 0
+            left = np.count_nonzero(going_on)
+            if not left:
+                break
+            gaps = np.flatnonzero(~going_on[:left])
+            last = left + np.flatnonzero(going_on[left:])
+            state.move(last, gaps)
+            for array in (places, ids):
+                array[gaps] = array[last]
+            places = places[:left]
+            logits = self.step(ids[:left], state)
+        return np.stack(columns, axis=1)
+
+    def check_length(self, prompt, max_len):
+        """Raises a ValueError if a prompt, a str, is longer than a sequence may be."""
         if len(prompt) > max_len:
             raise ValueError(
                 f"{len(prompt)} characters are more than the longest sequence has, {max_len}"
             )
-        logits, state = self.read(prompt)
-        rng = rng or np.random.default_rng()
-        return self._sample(prompt, logits[-1:], state, count, temperature, max_len, rng)
-
-    def _sample(self, prompt, logits, state, count, temperature, max_len, rng):
-        steps = max_len - len(prompt)
-        rows = max(1, min(512, 2**20 // (steps + 1)))
-        for start in range(0, count, rows):
-            batch = min(rows, count - start)
-            invented = self._finish(
-                np.repeat(logits, batch, axis=0),
-                [(np.repeat(h, batch, axis=0), np.repeat(c, batch, axis=0)) for h, c in state],
-                temperature,
-                rng.random((batch, steps)),
-            )
-            for ids in invented:
-                yield prompt + self.alphabet.decode(ids[: np.count_nonzero(ids)])
-
-    def _finish(self, logits, state, temperature, draws):
-        invented = np.zeros(draws.shape, int)
-        open_rows = np.arange(len(draws))
-        for step in range(draws.shape[1]):
-            ids = _choose(logits, temperature, draws[open_rows, step])
-            invented[open_rows, step] = ids
-            going_on = ids > 0
-            open_rows, ids = open_rows[going_on], ids[going_on]
-            if not len(ids):
-                break
-            state = [(h[going_on], c[going_on]) for h, c in state]
-            logits, state = self.step(ids, state)
-        return invented
 
 
-def _sigmoid(x):
-    return np.tanh(x * np.float32(0.5)) * np.float32(0.5) + np.float32(0.5)
+def batch_size(steps):
+    """Returns how many sequences of so many steps to work on at a time, an int."""
+    return max(1, min(BATCH, 2**23 // (steps + 1)))
 
 
-def softmax(logits):
-    """Returns the distributions that logits stand for, a float64 array of their shape."""
-    likelihood = np.exp(logits - logits.max(axis=-1, keepdims=True), dtype=np.float64)
-    return likelihood / likelihood.sum(axis=-1, keepdims=True)
+def _draw(key, block, start, rows):
+    # Random numbers that depend on nothing but the key, the place of a sequence (one
+    # a row, from `start` on) and that of a character in it (a block has DRAWS).
+    bits = np.random.PCG64(np.random.SeedSequence(key, spawn_key=(block,)))
+    bits.advance(start * DRAWS)
+    return np.random.Generator(bits).random((rows, DRAWS))
 
 
-def _choose(logits, temperature, draws):
+def _choose(probabilities, draws):
+    # The inverse of the cumulative distribution takes a uniform draw to a character;
+    # rounding must not take it past the last one that is possible.
+    cumulative = probabilities.cumsum(axis=1)
+    total = cumulative[:, -1:]
+    draws = np.minimum(draws[:, None] * total, np.nextafter(total, 0))
+    return np.count_nonzero(cumulative <= draws, axis=1)
+
+
+def distribution(logits, temperature=1.0, top_k=None, top_p=None):
+    """Returns the probabilities that the next character is drawn from.
+
+    As in Hugging Face's Transformers, the temperature comes first, then
+    `top_k`, then `top_p` (Holtzman et al. 2020, nucleus sampling) on what
+    `top_k` left, and what remains is scaled to a sum of 1. The end mark is a
+    character as any other.
+
+    Args:
+        logits: array `(..., alphabet)`.
+        temperature: float ≥ 0 that divides the logits: below 1 makes likely
+            characters likelier, above 1 evens them out, 0 always takes the
+            likeliest.
+        top_k: int or None, how many characters remain, the likeliest.
+        top_p: float or None: of the likeliest characters only so many remain
+            that their probabilities sum to at least this, and at least one.
+
+    Returns:
+        Float64 array of that shape.
+    """
     if temperature == 0:
-        return logits.argmax(axis=1)
-    logits = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    with np.errstate(over="ignore"):  # then the character is impossible, as it should be
-        logits /= temperature
-    # The inverse of the cumulative distribution takes a uniform draw to a
-    # character; rounding may leave the last sum a little below the draw.
-    cumulative = softmax(logits).cumsum(axis=1)
-    return np.minimum((cumulative <= draws[:, None]).sum(axis=1), logits.shape[1] - 1)
+        temperature, top_k = 1.0, 1
+    logits = logits - logits.max(axis=-1, keepdims=True).astype(np.float64)
+    if temperature != 1:
+        with np.errstate(over="ignore"):  # then the character is impossible, as it should be
+            logits /= temperature
+    probabilities = np.exp(logits, out=logits)
+    probabilities /= probabilities.sum(axis=-1, keepdims=True)
+    if top_k is not None or top_p is not None:
+        order = np.argsort(-probabilities, axis=-1, kind="stable")
+        ranked = np.take_along_axis(probabilities, order, axis=-1)
+        if top_k is not None:
+            ranked[..., top_k:] = 0
+        if top_p is not None:
+            likelier = ranked.cumsum(axis=-1) - ranked
+            likelier[..., 0] = -1  # the likeliest always remains
+            ranked[likelier >= top_p * ranked.sum(axis=-1, keepdims=True)] = 0
+        ranked /= ranked.sum(axis=-1, keepdims=True)
+        np.put_along_axis(probabilities, order, ranked, axis=-1)
+    return probabilities
+
+
+class UserError(ValueError):
+    """What the user has to know and can mend; the message says how."""
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -495,17 +624,30 @@ def save(path, network, weights, metadata, training_state=()):
                 layer_group[name] = next(values)
         for index, value in enumerate(training_state):
             file[f"{TRAINING_STATE}/{index}"] = value
-    _replace(path, content.getbuffer())
+    with replacing(path) as file:
+        file.write(content.getbuffer())
 
 
-def _replace(path, content):
+@contextlib.contextmanager
+def replacing(path):
+    """Opens a file that takes the place of the one at `path`, in one step and at the end.
+
+    Args:
+        path: str or path-like. A link is followed; permissions are kept.
+
+    Yields:
+        A binary file. If the block fails it is removed and `path` stays as it was.
+
+    Raises:
+        OSError: if the file can't be written.
+    """
     path = os.path.realpath(path)
     temporary = f"{path}.tmp"
     try:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)  # what a killed run left
         with open(temporary, "xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         if os.path.exists(path):
@@ -515,6 +657,31 @@ def _replace(path, content):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def check_target(path, **inputs):
+    """Checks, before work is spent on it, that a file can be put at `path`.
+
+    Args:
+        path: str.
+        **inputs: for each flag that names a file to be read, its path or None.
+
+    Raises:
+        ValueError: if it can't or must not; the message says why.
+    """
+    if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
+        raise ValueError(f"{path!r} is not a file; name one")
+    for flag, other in inputs.items():
+        with contextlib.suppress(OSError, TypeError):
+            if os.path.samefile(path, other):
+                raise ValueError(f"{path} is the file of --{flag}; name another one")
+    try:
+        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"can't write {path}: {error.strerror}; name a file in a folder that you can write to"
+        ) from None
 
 
 def load(path):

@@ -1,28 +1,48 @@
 """Invents sequences with a model that train.py saved."""
 
 import contextlib
+import dataclasses
+import functools
+import heapq
+import itertools
 import math
 import os
 import pathlib
 import shutil
 import sys
+import time
 import unicodedata
+import warnings
 
 import numpy as np
 
 import model
-from model import CommandLine, within
+from loaders import SequenceLoader, UserNameLoader
+from model import CommandLine, UserError, within
 
 ENGLISH_WORDS = pathlib.Path(__file__).parent / "pre_trained_models" / "english_words_5000.h5"
+PATIENCE = 100_000  # so many sequences in a row without a new one, and there are no more
+MEMORY = 2**30  # bytes that the search for the most likely sequences may take
+SCREENFUL = 1000  # sequences that are arranged together on a terminal
 
 EXAMPLE = """examples:
   python sample.py --weights_path names.h5
-  python sample.py --weights_path names.h5 --prompt Al --num_samples 10
-  cut -c1-2 some_names.txt | python sample.py --weights_path names.h5 > invented.txt
+  python sample.py --weights_path names.h5 --prompt Al --most_likely 10
+  python sample.py --weights_path names.h5 --num_samples 1000000 --unique --output new.txt
+  python sample.py --weights_path names.h5 --score other_names.txt > scores.tsv
+  cut -c1-2 other_names.txt | python sample.py --weights_path names.h5 > invented.txt
 
 On a terminal it asks for the first characters again and again; Ctrl-D leaves.
 From a pipe, each line is a prompt. Results go to stdout, everything else to stderr.
 """
+
+# What the ways that don't draw sequences have no use for.
+UNUSED = {
+    "most_likely": ("num_samples", "unique", "seed"),
+    "score": (
+        *("prompt", "num_samples", "temperature", "top_k", "top_p", "unique", "exclude", "seed"),
+    ),
+}
 
 
 def parse_arguments(arguments=None):
@@ -32,57 +52,414 @@ def parse_arguments(arguments=None):
         description=__doc__,
         epilog=EXAMPLE,
     )
-    parser.add_argument(
+    source = parser.add_argument_group("model and prompt")
+    source.add_argument(
         "--weights_path",
         default=str(ENGLISH_WORDS),
         help="a file that train.py saved (default: the English words that come with it)",
     )
-    parser.add_argument(
+    source.add_argument(
         "--prompt",
         help="answer these first characters, which may be none, and exit; "
         "write --prompt=-a if they start with a dash",
     )
-    parser.add_argument(
+
+    drawing = parser.add_argument_group("drawing")
+    drawing.add_argument(
         "--num_samples",
         type=within(int, 1, 2**62),
         default=100,
         help="sequences for each prompt",
     )
-    parser.add_argument(
+    drawing.add_argument(
         "--temperature",
         type=within(float, 0, 1000),
         default=1.0,
         help="below 1 likely characters become likelier, above 1 less so; 0 always takes the "
         "likeliest",
     )
-    parser.add_argument(
+    drawing.add_argument(
+        "--top_k",
+        type=within(int, 1, model.LIMIT),
+        help="draw only from so many of the likeliest characters (default: from all)",
+    )
+    drawing.add_argument(
+        "--top_p",
+        type=within(float, 0, 1),
+        help="draw only from the likeliest characters that together have this probability, "
+        "of what --temperature and --top_k leave (default: from all)",
+    )
+    drawing.add_argument(
         "--max_len",
         type=within(int, 1, model.LIMIT),
         help="longest sequence (default: that of the training)",
     )
-    parser.add_argument(
+    drawing.add_argument(
         "--seed",
         type=within(int, 0, 2**64 - 1),
         help="the same seed invents the same sequences (default: others each time)",
     )
-    return parser, parser.parse_args(arguments)
+    drawing.add_argument(
+        "--unique", action="store_true", help="no sequence twice, whatever the prompts"
+    )
+    drawing.add_argument(
+        "--exclude",
+        metavar="FILE",
+        help="none of the sequences in this file, say those of the training: one a line or, in a "
+        ".csv, the first column without the first line",
+    )
+
+    other = parser.add_argument_group("instead of drawing").add_mutually_exclusive_group()
+    other.add_argument(
+        "--most_likely",
+        metavar="K",
+        type=within(int, 1, 2**31),
+        help="the K most probable sequences, the best first: probability, tab, sequence",
+    )
+    other.add_argument(
+        "--score",
+        metavar="FILE",
+        help="rate the sequences of a file (read as --exclude's is): nats per character, tab, "
+        "sequence; the mean goes to stderr",
+    )
+
+    parser.add_argument_group("results").add_argument(
+        "--output",
+        metavar="FILE",
+        help="write the results here, all or none; asks for no prompt on a terminal",
+    )
+    args = parser.parse_args(arguments)
+    for mode, names in UNUSED.items():
+        for name in names if getattr(args, mode) is not None else ():
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{mode} has no use for --{name}; leave one of them out")
+    return parser, args
 
 
-def show(sequences):
-    """Writes sequences to stdout: on a terminal in columns, else one a line.
+class TextSet:
+    """A set of str made for millions: 17 bytes for each beyond its text in UTF-8.
 
-    On a terminal what would steer it is escaped; elsewhere every character
-    is written as it is.
+    Args:
+        texts: iterable of str to begin with.
+    """
+
+    def __init__(self, texts=()):
+        self._recent = set()
+        # The older ones: all of their UTF-8, each ended by a byte that UTF-8 never has,
+        # and where the one with each hash begins, in the order of the hashes.
+        self._stored = bytearray()
+        self._index = np.empty(0, np.int64), np.empty(0, np.int64)
+        for text in texts:
+            self.add(text)
+
+    def __contains__(self, text):
+        if text in self._recent:
+            return True
+        hashes, begins = self._index
+        key = hash(text)
+        position = hashes.searchsorted(key)
+        while position < len(hashes) and hashes[position] == key:
+            stored = text.encode() + b"\xff"
+            begin = int(begins[position])
+            if self._stored[begin : begin + len(stored)] == stored:
+                return True
+            position += 1
+        return False
+
+    def add(self, text):
+        """Adds a str and returns whether it is new, a bool."""
+        if text in self:
+            return False
+        self._recent.add(text)
+        if len(self._recent) == 2**16:
+            self._store()
+        return True
+
+    def _store(self):
+        # In this order, so that Ctrl-C between two lines does no harm.
+        texts = sorted(self._recent, key=hash)
+        ends = itertools.accumulate((len(text.encode()) + 1 for text in texts), initial=0)
+        added = np.fromiter(ends, np.int64)[:-1] + len(self._stored)
+        added_hashes = np.fromiter(map(hash, texts), np.int64)
+        self._stored += b"".join(text.encode() + b"\xff" for text in texts)
+        hashes, begins = self._index
+        positions = hashes.searchsorted(added_hashes)
+        self._index = (
+            np.insert(hashes, positions, added_hashes),
+            np.insert(begins, positions, added),
+        )
+        self._recent = set()
+
+
+def pick_new(sequences, known, unique, count, warn=warnings.warn):
+    """Passes on those of the sequences that are new.
 
     Args:
         sequences: iterable of str.
+        known: `TextSet` of those that are not.
+        unique: bool, whether each that was passed on is known from then on.
+        count: int, how many to pass on.
+        warn: function that is told, in a str, if there are fewer: if none of
+            `PATIENCE` in a row was new.
+
+    Yields:
+        str.
     """
-    if not sys.stdout.isatty():
-        for sequence in sequences:
-            sys.stdout.write(sequence + "\n")
+    found = idle = 0
+    for text in sequences:
+        if known.add(text) if unique else text not in known:
+            found, idle = found + 1, 0
+            yield text
+            if found == count:
+                return
+        elif (idle := idle + 1) == PATIENCE:
+            warn(
+                f"the model has nothing new left to give: {found:,} found, not {count:,}, and "
+                f"among the last {PATIENCE:,} that it invented there was none"
+            )
+            return
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prefix:
+    """The beginning of sequences, with what may follow it.
+
+    Attributes:
+        text: str.
+        state: `model.State` of one row, after the text was read.
+        following: int array `(characters,)`: ids, the likeliest first.
+        values: float64 array of that shape: the log-probabilities of the
+            text with each of them behind it.
+    """
+
+    text: str
+    state: model.State
+    following: np.ndarray
+    values: np.ndarray
+
+
+class Search:
+    """A best-first search for the most probable sequences.
+
+    What a prefix becomes is at most as probable as the prefix. So a whole
+    sequence is the best of those that remain once it is at least as probable
+    as every prefix that is still open, and a prefix can be forgotten once
+    enough whole sequences are at least as probable.
+
+    Args:
+        trained: `model.SequenceModel`.
+        count: int, how many sequences are wanted.
+        max_len: int, the longest sequence.
+        distribute: function from logits to probabilities.
+        exclude: container of str that are not wanted.
+    """
+
+    def __init__(self, trained, count, max_len, distribute, exclude):
+        self.trained = trained
+        self.count = count
+        self.max_len = max_len
+        self.distribute = distribute
+        self.exclude = exclude
+        # Heaps: the least stands first, hence the signs.
+        self.whole = []  # (-log-probability, sequence)
+        self.best = []  # the log-probabilities of the `count` best sequences so far
+        self.open = []  # (-log-probability, serial, rank, prefix): its rank-th follower
+        self.serial = itertools.count()  # so that no prefixes are ever compared
+
+    @property
+    def floor(self):
+        """The log-probability, a float, that a sequence must exceed to be among the best."""
+        return self.best[0] if len(self.best) == self.count else -math.inf
+
+    def add(self, value, text):
+        """Adds a whole sequence, a str, with its log-probability, a float."""
+        if value > self.floor and text not in self.exclude:
+            heapq.heappush(self.whole, (-value, text))
+            full = len(self.best) == self.count
+            (heapq.heappushpop if full else heapq.heappush)(self.best, value)
+
+    def add_followers(self, texts, values, logits, state):
+        """Adds what follows prefixes that were read: the ends of some, and longer prefixes.
+
+        Args:
+            texts: list of str.
+            values: float array `(len(texts),)`, their log-probabilities.
+            logits, state: what reading them led to.
+        """
+        with np.errstate(divide="ignore"):  # the impossible becomes -inf
+            values = np.log(self.distribute(logits)) + values[:, None]
+        order = np.argsort(-values, axis=1, kind="stable")
+        for row, text in enumerate(texts):
+            self.add(values[row, 0], text)
+            following = order[row][(values[row, order[row]] > self.floor) & (order[row] > 0)]
+            if len(text) + 1 < self.max_len:
+                self.push(0, Prefix(text, state.take([row]), following, values[row, following]))
+            else:
+                for index in following:
+                    self.add(values[row, index], text + self.trained.alphabet.symbols[index])
+
+    def push(self, rank, prefix):
+        """Opens a `Prefix` with its follower of this rank, an int, if there is one."""
+        if rank < len(prefix.values) and prefix.values[rank] > self.floor:
+            entry = -prefix.values[rank], next(self.serial), rank, prefix
+            heapq.heappush(self.open, entry)
+
+    def read_best(self):
+        """Reads the best prefixes on by a character: a batch, since NumPy is fast at that."""
+        chosen = []
+        while self.open and len(chosen) < 256:
+            value, _, rank, prefix = heapq.heappop(self.open)
+            self.push(rank + 1, prefix)
+            chosen.append((-value, prefix.following[rank], prefix))
+        values, ids, prefixes = zip(*chosen)
+        state = model.State(
+            np.concatenate([prefix.state.hidden for prefix in prefixes]),
+            np.concatenate([prefix.state.cell for prefix in prefixes], axis=1),
+        )
+        logits = self.trained.step(np.array(ids), state)
+        symbols = self.trained.alphabet.symbols
+        texts = [prefix.text + symbols[index] for index, prefix in zip(ids, prefixes)]
+        self.add_followers(texts, np.array(values), logits, state)
+
+    def fit_into(self, room, found):
+        """Lowers `count`, at most to `found`, until no more prefixes than `room` are open."""
+        while len(self.open) > room:
+            self.open = [entry for entry in self.open if -entry[0] > self.floor]
+            heapq.heapify(self.open)
+            if len(self.open) <= room or self.count == found:
+                return
+            self.count = max(found, min(self.count, len(self.best)) // 2)
+            self.best = sorted(self.best)[-self.count :]
+
+
+def most_likely(
+    trained,
+    prompt="",
+    count=10,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    max_len=None,
+    exclude=(),
+    warn=warnings.warn,
+):
+    """Finds the most probable of all sequences that `SequenceModel.sample` can invent.
+
+    Args:
+        trained: `model.SequenceModel`.
+        prompt, temperature, top_k, top_p, max_len: as in its `sample`.
+        count: int, how many.
+        exclude: container of str that are not wanted.
+        warn: function that is told, in a str, if there are fewer: if no
+            other sequence is possible, or more prefixes would have to be
+            remembered than fit into `MEMORY` bytes.
+
+    Returns:
+        An iterator of tuples `(probability, sequence)`, the best first. Each
+        comes as soon as it is proven.
+
+    Raises:
+        ValueError: as `sample` does.
+    """
+    max_len = max_len or trained.max_len
+    trained.check_length(prompt, max_len)
+    distribute = functools.partial(
+        model.distribution, temperature=temperature, top_k=top_k, top_p=top_p
+    )
+    logits, state = trained.read(prompt)
+    search = Search(trained, count, max_len, distribute, exclude)
+    if len(prompt) == max_len:
+        search.add(0.0, prompt)
     else:
-        for line in arrange(list(map(model.printable, sequences)), shutil.get_terminal_size()[0]):
-            print(line)
+        search.add_followers([prompt], np.zeros(1), logits[-1:], state)
+    prefix_size = state.hidden.nbytes + state.cell.nbytes + 16 * len(trained.alphabet) + 1000
+    return _take_proven(search, MEMORY // prefix_size, warn)
+
+
+def _take_proven(search, room, warn):
+    wanted = search.count
+    for found in range(wanted):
+        while search.open and (not search.whole or search.open[0][0] < search.whole[0][0]):
+            search.read_best()
+            search.fit_into(room, found)
+        if found == search.count:
+            warn(
+                f"only {found:,} of {wanted:,} are proven to be the most likely: more would "
+                f"take over {MEMORY / 2**30:.3g} GiB of memory"
+            )
+            return
+        if not search.whole:
+            warn(f"no more than {found:,} sequences are possible, not {wanted:,}")
+            return
+        value, text = heapq.heappop(search.whole)
+        yield math.exp(-value), text
+
+
+def score(trained, sequences, max_len=None):
+    """Rates sequences by how well the model predicts them.
+
+    Each character and the end mark count. As in training, a sequence longer
+    than `max_len` is cut, and its missing end does not count.
+
+    Args:
+        trained: `model.SequenceModel`.
+        sequences: iterable of str.
+        max_len: int or None, how many characters of each to read; None is
+            the model's.
+
+    Yields:
+        Tuple `(sequence, nats, targets)`: a str; a float, its negative
+        log-likelihood; and an int, how many characters and ends that covers.
+        `inf` and 0 if it holds a character that the model can't read.
+    """
+    max_len = max_len or trained.max_len
+    iterator = iter(sequences)
+    while block := list(itertools.islice(iterator, model.batch_size(max_len))):
+        yield from zip(block, *_score(trained, block, max_len))
+
+
+def _score(trained, texts, max_len):
+    rows = []
+    for text in texts:
+        try:
+            rows.append(trained.alphabet.encode(text[:max_len]))
+        except ValueError:
+            rows.append(None)
+    targets = np.array(
+        [0 if row is None else min(len(text) + 1, max_len) for row, text in zip(rows, texts)]
+    )
+    order = np.argsort(-targets, kind="stable")  # so that those still being read are the first
+    padded = np.zeros((len(texts), targets.max() + 2), int)
+    for place, index in enumerate(order):
+        if rows[index] is not None:
+            padded[place, 1 : len(rows[index]) + 1] = rows[index]
+    state = trained.start(len(texts))
+    nats = np.where(targets[order] > 0, 0.0, np.inf)
+    for step in range(targets.max()):
+        count = np.count_nonzero(targets > step)
+        logits = trained.step(padded[:count, step], state).astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        likelihood = logits[np.arange(count), padded[:count, step + 1]]
+        nats[:count] += np.log(np.exp(logits).sum(axis=1)) - likelihood
+    unsorted = np.empty_like(nats)
+    unsorted[order] = nats
+    return unsorted.tolist(), targets.tolist()
+
+
+def show(lines, columns):
+    """Writes lines to stdout.
+
+    Args:
+        lines: iterable of str, with no line ends.
+        columns: bool, whether to arrange them in columns.
+    """
+    if columns:
+        iterator = iter(lines)
+        while block := list(itertools.islice(iterator, SCREENFUL)):
+            print(*arrange(block, shutil.get_terminal_size()[0]), sep="\n")
+    else:
+        for line in lines:
+            sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
@@ -118,12 +495,12 @@ def count_cells(text):
     return len(text) + wide - marks
 
 
-def converse(invent):
+def converse(answer):
     """Asks for prompts on the terminal and answers them until the user leaves.
 
     Args:
-        invent: function from a prompt, a str, to an iterable of str; its
-            ValueError is shown to the user.
+        answer: function that answers a prompt, a str; its ValueError is
+            shown to the user.
     """
     print(
         "Type the first characters and press Enter; Enter alone invents from nothing, "
@@ -132,12 +509,16 @@ def converse(invent):
     )
     while True:
         try:
-            show(invent(ask("> ")))
-        except ValueError as error:
-            print(model.printable(f"Sorry, {error}."), file=sys.stderr)
+            prompt = ask("> ")
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return
+        try:
+            answer(prompt)
+        except ValueError as error:
+            print(model.printable(f"Sorry, {error}."), file=sys.stderr)
+        except KeyboardInterrupt:
+            print("\nStopped. Ctrl-D leaves.", file=sys.stderr)
 
 
 def ask(question):
@@ -152,11 +533,11 @@ def ask(question):
     return line.rstrip("\n")
 
 
-def answer_lines(invent, lines):
+def answer_lines(answer, lines):
     """Answers each line as a prompt.
 
     Args:
-        invent: as in `converse`.
+        answer: as in `converse`.
         lines: iterable of str.
 
     Returns:
@@ -166,11 +547,244 @@ def answer_lines(invent, lines):
     status = 0
     for number, line in enumerate(lines, start=1):
         try:
-            show(invent(line.rstrip("\r\n")))
+            answer(line.rstrip("\r\n"))
         except ValueError as error:
             print(f"sample.py: error: prompt {number}: {error}", file=sys.stderr)
             status = 2
     return status
+
+
+def write(path, lines):
+    """Writes lines to a file: all of them, or those that came before Ctrl-C.
+
+    Args:
+        path: str, replaced in one step at the end.
+        lines: iterable of str, with no line ends.
+
+    Returns:
+        Tuple `(count, stopped)`: an int, how many it wrote, and a bool,
+        whether Ctrl-C stopped it.
+
+    Raises:
+        OSError: if the file can't be written; then the old one still stands.
+    """
+    count = size = 0
+    stopped = False
+    with model.replacing(path) as file:
+        try:
+            for line in lines:
+                size += file.write(line.encode() + b"\n")
+                count += 1
+        except KeyboardInterrupt:
+            stopped = True
+            file.seek(size)  # what was being written
+            file.truncate()
+    return count, stopped
+
+
+def watch(results, total=None):
+    """Passes results on and shows on stderr how many there are and how fast they come.
+
+    A terminal shows a bar, a log gets a line now and then.
+
+    Args:
+        results: iterable.
+        total: int or None, how many are expected.
+
+    Yields:
+        What `results` yields.
+    """
+    terminal = sys.stderr.isatty()
+    pause = 0.2 if terminal else 10
+    start = time.monotonic()
+    due, width = start + pause, 0
+    try:
+        for count, result in enumerate(results, start=1):
+            yield result
+            now = time.monotonic()
+            if now >= due:
+                due = now + pause
+                shown = describe(count, total, now - start)
+                width = max(width, len(shown))
+                print(
+                    "\r" + shown.ljust(width) if terminal else shown,
+                    end="" if terminal else "\n",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    finally:
+        if width and terminal:
+            print("\r" + " " * width, end="\r", file=sys.stderr, flush=True)
+
+
+def describe(count, total, seconds):
+    """Returns a line, a str, about so many results of a total, or of no known one, so far."""
+    rate = count / seconds
+    if not total:
+        return f"{count:,} so far, {rate:,.0f} a second"
+    left = round((total - count) / rate)
+    bar = "#" * (20 * count // total)
+    return (
+        f"[{bar:-<20}] {count:,} of {total:,}, {rate:,.0f} a second, "
+        f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+    )
+
+
+def make_finder(args, trained, known, warn, escape):
+    """Makes the function that answers a prompt as the command line asks.
+
+    Args:
+        args: the command line.
+        trained: `model.SequenceModel`.
+        known: `TextSet` of what must not be found.
+        warn: function that is told, in a str, why there are fewer results.
+        escape: function from a str to how it is to be shown.
+
+    Returns:
+        A function from a str to an iterator of str, the lines to show. It
+        raises a ValueError if it can't answer.
+    """
+    rng = np.random.default_rng(args.seed)
+    shaping = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "max_len")}
+
+    def find(prompt):
+        if args.most_likely is not None:
+            found = most_likely(
+                trained, prompt, args.most_likely, **shaping, exclude=known, warn=warn
+            )
+            return (f"{probability:#.6g}\t{escape(text)}" for probability, text in found)
+        picky = args.unique or args.exclude is not None
+        found = trained.sample(prompt, None if picky else args.num_samples, **shaping, seed=rng)
+        if picky:
+            found = pick_new(found, known, args.unique, args.num_samples, warn)
+        return map(escape, found)
+
+    return find
+
+
+def find_for_lines(find, lines):
+    """Yields the results for each line, all or none.
+
+    Raises:
+        UserError: at a prompt that can't be answered, or if there is none.
+    """
+    number = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield from find(line.rstrip("\r\n"))
+        except ValueError as error:
+            raise UserError(f"prompt {number}: {error}") from None
+    if not number:
+        raise UserError("no prompt came in; pass one, such as --prompt ''")
+
+
+def rate(args, trained, escape):
+    """Yields the lines of `--score` and at the end reports the mean on stderr."""
+    nats = targets = known = unknown = cut = 0
+    max_len = args.max_len or trained.max_len
+    for text, value, count in score(trained, read_sequences("score", args.score), max_len):
+        yield f"{value / max(count, 1):.6f}\t{escape(text)}"
+        if count:
+            nats, targets, known = nats + value, targets + count, known + 1
+            cut += len(text) > max_len
+        else:
+            unknown += 1
+    mean = nats / targets if targets else math.nan
+    print(
+        f"{mean:.6f} nats per character, perplexity {math.exp(min(mean, 700)):.6g}: the mean over "
+        f"{known:,} sequences with {targets:,} characters and ends",
+        file=sys.stderr,
+    )
+    if unknown:
+        print(f"{unknown:,} more hold characters that the model can't know", file=sys.stderr)
+    if cut:
+        print(f"{cut:,} were longer than {max_len} characters and cut (--max_len)", file=sys.stderr)
+
+
+def read_sequences(flag, path):
+    """Yields the sequences of the file that a flag names, read by how its name ends.
+
+    Raises:
+        UserError: if it can't be read.
+    """
+    loader = UserNameLoader if path.lower().endswith(".csv") else SequenceLoader
+    try:
+        yield from loader(path)
+    except OSError as error:
+        raise UserError(f"--{flag}: can't read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"--{flag}: {error}") from None
+
+
+def run(args):
+    """Does what the command line asks for.
+
+    Returns:
+        Int, the exit status.
+
+    Raises:
+        UserError: if the user has to mend something first.
+    """
+    if args.output is not None:
+        inputs = {name: getattr(args, name) for name in ("weights_path", "exclude", "score")}
+        try:
+            model.check_target(args.output, **inputs)
+        except ValueError as error:
+            raise UserError(f"--output: {error}") from None
+    try:
+        trained, _ = model.load(args.weights_path)
+    except OSError as error:
+        raise UserError(
+            f"--weights_path: can't read {args.weights_path}: {error.strerror}"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"--weights_path: {error}") from None
+    known = TextSet(read_sequences("exclude", args.exclude) if args.exclude is not None else ())
+    to_terminal = args.output is None and sys.stdout.isatty()
+    escape = model.printable if to_terminal else str
+    notes = []
+    find = make_finder(args, trained, known, notes.append, escape)
+
+    def answer(prompt):
+        show(find(prompt), columns=to_terminal and args.most_likely is None)
+        tell_notes()
+
+    def tell_notes():
+        while notes:
+            print(f"sample.py: {notes.pop()}", file=sys.stderr)
+
+    total = None
+    if args.score is not None:
+        lines = rate(args, trained, escape)
+    elif args.prompt is not None or (args.output is not None and sys.stdin.isatty()):
+        try:
+            lines = find(args.prompt or "")
+        except ValueError as error:
+            raise UserError(f"--prompt: {error}") from None
+        total = args.most_likely or args.num_samples
+    elif args.output is not None:
+        lines = find_for_lines(find, sys.stdin)
+    elif sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - input() edits lines once it is imported
+        converse(answer)
+        return 0
+    else:
+        return answer_lines(answer, sys.stdin)
+
+    if args.output is None:
+        show(lines, columns=to_terminal and args.most_likely is None and args.score is None)
+        tell_notes()
+        return 0
+    try:
+        count, stopped = write(args.output, watch(lines, total))
+    except OSError as error:
+        raise UserError(f"--output: can't write {args.output}: {error.strerror}") from None
+    tell_notes()
+    print(
+        f"{'Stopped: ' if stopped else ''}{args.output} holds {count:,} sequences", file=sys.stderr
+    )
+    return 130 if stopped else 0
 
 
 def main(arguments=None):
@@ -188,28 +802,9 @@ def main(arguments=None):
     else:
         sys.stdout.reconfigure(encoding="utf-8", newline="\n")
     try:
-        trained, _ = model.load(args.weights_path)
-    except OSError as error:
-        parser.error(f"--weights_path: can't read {args.weights_path}: {error.strerror}")
-    except ValueError as error:
-        parser.error(f"--weights_path: {error}")
-    rng = np.random.default_rng(args.seed)
-
-    def invent(prompt):
-        return trained.sample(prompt, args.num_samples, args.temperature, args.max_len, rng)
-
-    try:
-        if args.prompt is not None:
-            try:
-                show(invent(args.prompt))
-            except ValueError as error:
-                parser.error(f"--prompt: {error}")
-        elif sys.stdin.isatty():
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401 - input() edits lines once it is imported
-            converse(invent)
-        else:
-            return answer_lines(invent, sys.stdin)
+        return run(args)
+    except UserError as error:
+        parser.error(str(error))
     except BrokenPipeError:
         # Nobody reads the rest, which the interpreter would flush at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

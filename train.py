@@ -14,7 +14,7 @@ import numpy as np
 
 import model
 from loaders import LOADERS
-from model import CommandLine, SequenceModel, within
+from model import CommandLine, SequenceModel, UserError, within
 
 EXAMPLE = """example:
   python train.py --loader_class UserNameLoader --sequence_path names.csv --save_path names.h5
@@ -24,10 +24,6 @@ does a larger --epochs. Ctrl-C stops; what the last whole epoch learned is kept.
 """
 
 NOTHING_SAVED = "nothing new was saved"
-
-
-class UserError(ValueError):
-    """What the user has to know and can mend; the message says how."""
 
 
 # What makes two runs the same run: a file is continued only if all of it agrees.
@@ -269,18 +265,10 @@ def find_earlier_run(args, metadata):
         UserError: if training must not or can't write there.
     """
     path = args.save_path
-    if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
-        raise UserError(f"--save_path: {path!r} is not a file; name one")
-    if os.path.exists(path) and os.path.samefile(path, args.sequence_path):
-        raise UserError(f"--save_path: {path} is the data of --sequence_path; name another file")
     try:
-        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"--save_path: can't write {path}: {error.strerror}; name a file in a folder "
-            "that you can write to"
-        ) from None
+        model.check_target(path, sequence_path=args.sequence_path)
+    except ValueError as error:
+        raise UserError(f"--save_path: {error}") from None
     if args.overwrite or not os.path.lexists(path):
         return None
     ways_out = "pass --overwrite to start over, or another --save_path"
@@ -441,8 +429,8 @@ def fit(args, metadata, training, held_out, best, state):
                 "the epochs before this one are kept if there were any"
             ) from None
         current = SequenceModel(training.alphabet, metadata["max_len"], weights)
-        rng = np.random.default_rng((args.seed, epoch))
-        print("invented: " + "  ".join(map(model.printable, current.sample(count=8, rng=rng))))
+        invented = current.sample(count=8, seed=(args.seed, epoch))
+        print("invented: " + "  ".join(map(model.printable, invented)))
         if args.patience and epochs_since_best(history) >= args.patience:
             network.stop_training = True
 

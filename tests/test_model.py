@@ -39,6 +39,8 @@ def assert_frequencies(counts, probabilities):
     assert observed[~kept].sum() == 0
     statistic = ((observed - expected)[kept] ** 2 / expected[kept]).sum()
     freedom = np.count_nonzero(kept) - 1
+    if not freedom:  # only one is possible, and nothing else came
+        return
     # Wilson and Hilferty: the cube root of χ² is nearly normal. 4.5 σ is 1 in 300,000.
     spread = 2 / (9 * freedom)
     assert ((statistic / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread) < 4.5
@@ -138,14 +140,16 @@ def assert_agrees_with_keras(keras, path):
     network = keras.models.load_model(path)
     ours, _ = model.load(path)
     rng = np.random.default_rng(0)
-    texts = list(ours.sample(count=20, rng=rng)) + list(
-        ours.sample(count=20, rng=rng, temperature=3, max_len=60)
+    texts = list(ours.sample(count=20, seed=rng)) + list(
+        ours.sample(count=20, seed=rng, temperature=3, max_len=60)
     )
     for text in texts:
         ids = [0, *ours.alphabet.encode(text)]
         one_hot = np.eye(len(ours.alphabet), dtype=np.float32)[ids]
         expected = network.predict(one_hot[None], verbose=0)[0]
-        np.testing.assert_allclose(model.softmax(ours.read(text)[0]), expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(
+            model.distribution(ours.read(text)[0]), expected, rtol=0, atol=1e-5
+        )
 
 
 def test_a_loaded_file_is_a_compiled_model_that_learns_on(stock_keras, trained):
@@ -162,34 +166,85 @@ def test_a_loaded_file_is_a_compiled_model_that_learns_on(stock_keras, trained):
 # Sampling
 
 
+def shape_by_hand(logits, temperature, top_k, top_p):
+    """The distribution by its definition, a character at a time."""
+    likelihoods = [math.exp((logit - max(logits)) / temperature) for logit in logits]
+    ranked = sorted(range(len(logits)), key=lambda index: -likelihoods[index])[:top_k]
+    total = sum(likelihoods[index] for index in ranked)
+    kept = []
+    for index in ranked:
+        if (
+            kept
+            and top_p is not None
+            and sum(likelihoods[other] for other in kept) / total >= top_p
+        ):
+            break
+        kept.append(index)
+    total = sum(likelihoods[index] for index in kept)
+    return [likelihoods[index] / total if index in kept else 0 for index in range(len(logits))]
+
+
+SHAPES = [
+    {},
+    {"temperature": 0.5},
+    {"temperature": 2.0},
+    {"top_k": 3},
+    {"top_p": 0.7},
+    {"top_k": 100, "top_p": 1.0},
+    {"temperature": 3.0, "top_k": 5, "top_p": 0.8},
+    {"top_k": 1},
+    {"top_p": 0.0},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_distribution_is_shaped_as_the_field_does(shape):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(scale=2, size=(200, 9)).astype(np.float32)
+    logits[:50] = logits[:50].round()  # with equals
+    found = model.distribution(logits, **shape)
+    complete = {"temperature": 1.0, "top_k": None, "top_p": None} | shape
+    expected = [shape_by_hand(row, **complete) for row in logits.tolist()]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    np.testing.assert_allclose(found.sum(axis=1), 1)
+
+
 @pytest.mark.parametrize("prompt", ["", "a", "cab"])
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
-def test_the_next_character_follows_the_distribution(prompt, temperature):
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_next_character_follows_the_distribution(prompt, shape):
     invented = random_model("\nabcdefgh")
-    logits = invented.read(prompt)[0][-1]
-    texts = invented.sample(prompt, 20_000, temperature, len(prompt) + 1, np.random.default_rng(7))
+    probabilities = model.distribution(invented.read(prompt)[0][-1], **shape)
+    texts = invented.sample(prompt, 20_000, **shape, max_len=len(prompt) + 1, seed=7)
     following = [text[len(prompt) :] for text in texts]
     counts = [following.count("")] + [following.count(c) for c in "abcdefgh"]
     assert sum(counts) == 20_000
-    assert_frequencies(counts, model.softmax(logits / temperature))
+    assert_frequencies(counts, probabilities)
+
+
+def enumerate_sequences(trained, prompt="", max_len=None, **shape):
+    """Every sequence that a model can invent, with its probability, by brute force."""
+    probabilities = {}
+
+    def visit(text, probability):
+        if len(text) == (max_len or trained.max_len):
+            probabilities[text] = probability
+            return
+        following = model.distribution(trained.read(text)[0][-1], **shape)
+        for symbol, share in zip(trained.alphabet.symbols, following):
+            if share and symbol == trained.alphabet.sentinel:
+                probabilities[text] = probability * share
+            elif share:
+                visit(text + symbol, probability * share)
+
+    visit(prompt, 1.0)
+    return probabilities
 
 
 def test_whole_sequences_follow_the_distribution():
     invented = random_model("\nabc", max_len=3, scale=0.7)
-    probabilities = {}
-
-    def enumerate_from(text, probability):
-        following = model.softmax(invented.read(text)[0][-1])
-        if len(text) == 3:
-            probabilities[text] = probability
-            return
-        probabilities[text] = probability * following[0]
-        for character, share in zip("abc", following[1:]):
-            enumerate_from(text + character, probability * share)
-
-    enumerate_from("", 1.0)
+    probabilities = enumerate_sequences(invented)
     assert sum(probabilities.values()) == pytest.approx(1)
-    texts = list(invented.sample(count=30_000, rng=np.random.default_rng(3)))
+    texts = list(invented.sample(count=30_000, seed=3))
     assert set(texts) <= set(probabilities)
     assert_frequencies([texts.count(text) for text in probabilities], list(probabilities.values()))
 
@@ -205,12 +260,27 @@ def test_temperature_0_takes_the_likeliest_and_near_0_tends_to_it():
 
 def test_a_larger_count_begins_with_the_sequences_of_a_smaller_one():
     invented = random_model("\nabcdef", max_len=20)
-    few, many = (
-        list(invented.sample("b", count, rng=np.random.default_rng(5))) for count in (10, 3000)
-    )
+    few, many = (list(invented.sample("b", count, seed=5)) for count in (10, 3000))
     assert many[:10] == few
     assert len(many) == 3000
     assert len(set(many)) > 300
+    endless = invented.sample("b", None, seed=5)
+    assert [next(endless) for _ in range(3000)] == many
+
+
+def test_a_larger_max_len_goes_on_with_the_sequences_of_a_smaller_one():
+    invented = random_model("\nab", scale=0.1)
+    short, long = (list(invented.sample("a", 500, max_len=n, seed=1)) for n in (5, 100))
+    assert [text[:5] for text in long] == short
+    assert max(map(len, long)) > 5
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_a_seed_gives_the_same_sequences_whatever_the_batch_size(monkeypatch, batch):
+    trained, _ = model.load(SHIPPED[1])
+    expected = list(trained.sample("S", 300, seed=2))
+    monkeypatch.setattr(model, "BATCH", batch)
+    assert list(trained.sample("S", 300, seed=2)) == expected
 
 
 @pytest.mark.parametrize("max_len", [1, 2, 7, 200])

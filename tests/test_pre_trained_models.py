@@ -36,7 +36,7 @@ def test_invented_words_look_like_english():
 
     english = set(trigrams(wordfreq.top_n_list("en", 10_000)))
     trained, _ = model.load(PRE_TRAINED / "english_words_5000.h5")
-    words = list(trained.sample(count=2000, rng=np.random.default_rng(0)))
+    words = list(trained.sample(count=2000, seed=0))
     learned = set(SequenceLoader(PRE_TRAINED / "english_words_5000.txt"))
     invented = [word for word in words if word not in learned]
     assert len(set(invented)) > 1000
@@ -50,7 +50,7 @@ def test_invented_words_look_like_english():
 def test_invented_names_are_written_as_people_write_them():
     people = list(UserNameLoader(PRE_TRAINED / "user_names_10000.csv"))
     trained, _ = model.load(PRE_TRAINED / "user_names_10000.h5")
-    invented = list(trained.sample(count=3000, rng=np.random.default_rng(0)))
+    invented = list(trained.sample(count=3000, seed=0))
     assert len(set(invented) - set(people)) > 2500
     for kind in (str.islower, str.isalpha, str.istitle, lambda name: "-" in name):
         shares = [np.mean([kind(name) for name in names]) for names in (people, invented)]

@@ -87,7 +87,7 @@ def test_the_loss_is_the_mean_over_characters_and_ends(trained):
     total = count = 0
     for row, complete in zip(held_out.rows, held_out.complete):
         text = corpus.alphabet.decode(row[row > 0])
-        distribution = model.softmax(ours.read(text)[0])
+        distribution = model.distribution(ours.read(text)[0])
         targets = [*corpus.alphabet.encode(text)] + [0] * int(complete)
         total -= sum(np.log(distribution[step, target]) for step, target in enumerate(targets))
         count += len(targets)
@@ -137,7 +137,7 @@ def test_a_model_of_cut_sequences_learns_no_end(tmp_path):
     assert "Cut to 10 characters, because they were longer: 500 " in process.stdout
     ours, _ = model.load(tmp_path / "incognito_model.h5")
     logits, _ = ours.read(lines[0])
-    assert model.softmax(logits)[:, 0].max() < 0.001
+    assert model.distribution(logits)[:, 0].max() < 0.001
     assert np.mean([len(text) == 10 for text in ours.sample(count=500)]) > 0.97
     result = run("sample.py", "--weights_path", "incognito_model.h5", "--prompt", "", cwd=tmp_path)
     assert max(map(len, result.stdout.split())) == 10
@@ -216,7 +216,7 @@ MISTAKES = {
     "a path without a name": (["--save_path", "new/"], "--save_path: 'new/' is not a file"),
     "the data to save to": (
         ["--save_path", "sequences.txt", "--overwrite"],
-        "--save_path: sequences.txt is the data of --sequence_path",
+        "--save_path: sequences.txt is the file of --sequence_path",
     ),
     "a folder to save to": (["--save_path", "."], "--save_path: '.' is not a file; name one"),
 }
