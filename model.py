@@ -334,7 +334,8 @@ class SequenceModel:
             # What the layer below has just put out and what this one put out last
             # are neighbours there, so that one product serves both.
             np.matmul(hidden[:, max(layer - 1, 0) * units :], weights, out=gates)
-            gates += offsets if layer else offsets[:, ids]
+            for gate, offset in zip(gates, offsets):
+                gate += offset if layer else offset[ids]
             np.tanh(gates, out=gates)
             sigmoids = gates[:3]
             sigmoids *= 0.5

@@ -426,7 +426,7 @@ def _score(trained, texts, max_len):
         except ValueError:
             rows.append(None)
     targets = np.array(
-        [0 if row is None else min(len(text) + 1, max_len) for row, text in zip(rows, texts)]
+        [0 if row is None else len(row) + (len(text) <= max_len) for row, text in zip(rows, texts)]
     )
     order = np.argsort(-targets, kind="stable")  # so that those still being read are the first
     padded = np.zeros((len(texts), targets.max() + 2), int)

@@ -5,7 +5,11 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+import model
+from model import Alphabet, SequenceModel
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRE_TRAINED = ROOT / "pre_trained_models"
@@ -43,3 +47,34 @@ def trained(tmp_path_factory):
     process = run(*shlex.split(CONTRACT), cwd=folder)
     assert process.returncode == 0, process.stderr
     return folder, process
+
+
+def random_model(alphabet, units=8, layers=2, max_len=6, seed=0, scale=1.0):
+    """A model that learned nothing, but has decided opinions."""
+    rng = np.random.default_rng(seed)
+    shapes = model.weight_shapes(len(alphabet), units, layers)
+    weights = [
+        (scale * rng.standard_normal(shape)).astype(np.float32)
+        for names in shapes.values()
+        for shape in names.values()
+    ]
+    return SequenceModel(Alphabet(alphabet), max_len, weights)
+
+
+def enumerate_sequences(trained, prompt="", max_len=None, **shape):
+    """Every sequence that a model can invent, with its probability, by brute force."""
+    probabilities = {}
+
+    def visit(text, probability):
+        if len(text) == (max_len or trained.max_len):
+            probabilities[text] = probability
+            return
+        following = model.distribution(trained.read(text)[0][-1], **shape)
+        for symbol, share in zip(trained.alphabet.symbols, following):
+            if share and symbol == trained.alphabet.sentinel:
+                probabilities[text] = probability * share
+            elif share:
+                visit(text + symbol, probability * share)
+
+    visit(prompt, 1.0)
+    return probabilities

@@ -5,25 +5,13 @@ import os
 import h5py
 import numpy as np
 import pytest
-from conftest import PRE_TRAINED
+from conftest import PRE_TRAINED, enumerate_sequences, random_model
 
 import model
-from model import Alphabet, SequenceModel
+from model import Alphabet
 
 NOT_A_MODEL = r"not a model that train\.py saved"
 SHIPPED = sorted(PRE_TRAINED.glob("*.h5"))
-
-
-def random_model(alphabet, units=8, layers=2, max_len=6, seed=0, scale=1.0):
-    """A model that learned nothing, but has decided opinions."""
-    rng = np.random.default_rng(seed)
-    shapes = model.weight_shapes(len(alphabet), units, layers)
-    weights = [
-        (scale * rng.standard_normal(shape)).astype(np.float32)
-        for names in shapes.values()
-        for shape in names.values()
-    ]
-    return SequenceModel(Alphabet(alphabet), max_len, weights)
 
 
 def assert_frequencies(counts, probabilities):
@@ -219,25 +207,6 @@ def test_the_next_character_follows_the_distribution(prompt, shape):
     counts = [following.count("")] + [following.count(c) for c in "abcdefgh"]
     assert sum(counts) == 20_000
     assert_frequencies(counts, probabilities)
-
-
-def enumerate_sequences(trained, prompt="", max_len=None, **shape):
-    """Every sequence that a model can invent, with its probability, by brute force."""
-    probabilities = {}
-
-    def visit(text, probability):
-        if len(text) == (max_len or trained.max_len):
-            probabilities[text] = probability
-            return
-        following = model.distribution(trained.read(text)[0][-1], **shape)
-        for symbol, share in zip(trained.alphabet.symbols, following):
-            if share and symbol == trained.alphabet.sentinel:
-                probabilities[text] = probability * share
-            elif share:
-                visit(text + symbol, probability * share)
-
-    visit(prompt, 1.0)
-    return probabilities
 
 
 def test_whole_sequences_follow_the_distribution():

@@ -40,13 +40,15 @@ def test_the_one_line_command_makes_sequences_the_contract_can_learn(tmp_path):
     assert not any(" " in line for line in lines)
 
 
-def test_the_python_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    process = subprocess.run(
-        [sys.executable, "-c", example], cwd=ROOT, capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stdout.endswith("\nu\n")
+def test_the_python_examples_run():
+    examples = re.findall(r"```python\n(.*?)```", README, re.S)
+    ends = [r"\['Al.*'\]\n\[\(0\.\d+, 'Al\w*'\), \(0\.\d+, 'Al\w*'\)\]\n", r".*\nu\n"]
+    for example, end in zip(examples, ends, strict=True):
+        process = subprocess.run(
+            [sys.executable, "-c", example], cwd=ROOT, capture_output=True, text=True
+        )
+        assert process.returncode == 0, process.stderr
+        assert re.fullmatch(end, process.stdout, re.S)
 
 
 def test_the_top_level_shows_what_it_should():

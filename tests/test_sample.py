@@ -1,18 +1,31 @@
+import itertools
 import json
 import os
 import re
+import resource
+import shlex
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import h5py
 import numpy as np
 import pytest
 from build import on_terminal, read_until
-from conftest import PRE_TRAINED, ROOT, assert_one_line_error, run
+from conftest import (
+    PRE_TRAINED,
+    ROOT,
+    assert_one_line_error,
+    enumerate_sequences,
+    random_model,
+    run,
+)
 
 import model
 import sample
+import train
+from loaders import SequenceLoader
 
 WORDS = ["sample.py", "--weights_path", PRE_TRAINED / "english_words_5000.h5"]
 
@@ -90,6 +103,23 @@ MISTAKES = {
     "no samples": (["--num_samples", "0"], "--num_samples: not from 1 to"),
     "no temperature": (["--temperature", "nan"], "--temperature: not from 0 to"),
     "no length": (["--max_len", "0"], "--max_len: not from 1 to"),
+    "no top k": (["--top_k", "0"], "--top_k: not from 1 to"),
+    "no top p": (["--top_p", "1.1"], "--top_p: not from 0 to 1: 1.1"),
+    "two ways": (["--most_likely", "3", "--score", "text.h5"], "not allowed with argument"),
+    "a useless flag": (
+        ["--most_likely", "3", "--seed", "1"],
+        "--most_likely has no use for --seed; leave one of them out",
+    ),
+    "a useless prompt": (["--score", "x", "--prompt", ""], "--score has no use for --prompt"),
+    "nothing to score": (["--score", "missing"], "--score: can't read missing: No such file"),
+    "nothing to exclude": (["--exclude", "none.csv"], "--exclude: can't read none.csv: No such"),
+    "no text to score": (["--score", "latin.txt"], "--score: latin.txt, line 1: not UTF-8"),
+    "no folder": (["--output", "no/x", "--prompt", ""], "--output: can't write no/x: No such"),
+    "a device": (["--output", "/dev/null"], "--output: '/dev/null' is not a file; name one"),
+    "an input": (
+        ["--score", "text.h5", "--output", "./text.h5"],
+        "--output: ./text.h5 is the file of --score; name another one",
+    ),
     "an unknown flag": (["--weight", "x"], "unrecognized arguments: --weight x"),
 }
 
@@ -97,9 +127,11 @@ MISTAKES = {
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_gets_one_line(tmp_path, arguments, message):
     (tmp_path / "text.h5").write_text("no model")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     process = run("sample.py", *arguments, cwd=tmp_path, input="")
     assert_one_line_error(process, "sample.py")
     assert message in process.stderr
+    assert sorted(os.listdir(tmp_path)) == ["latin.txt", "text.h5"]
 
 
 def test_keras_is_never_imported():
@@ -125,6 +157,321 @@ def test_a_closed_pipe_is_a_normal_end():
     process.stdout.close()
     assert process.wait(60) == 0
     assert process.stderr.read() == ""
+
+
+# Without repetition
+
+
+def test_a_set_of_texts_is_a_set(monkeypatch):
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("abé漢\0\n"), rng.integers(2, 12))) for _ in range(150_000)]
+    # With few hashes, so that different texts often share one.
+    monkeypatch.setattr(sample, "hash", lambda text: hash(text) % 30_011, raising=False)
+    ours, theirs = sample.TextSet(texts[:1000]), set(texts[:1000])
+    for text in texts[1000:]:
+        assert ours.add(text) == (text not in theirs)
+        theirs.add(text)
+    assert len(theirs) > 2**16
+    assert all(text in ours for text in theirs)
+    assert not any(text + "x" in ours for text in theirs)
+
+
+def test_a_million_texts_take_less_than_64_bytes_each_beyond_their_characters():
+    words = list(itertools.islice(SequenceLoader(PRE_TRAINED / "english_words_5000.txt"), 100))
+    words *= 10_000
+    tracemalloc.start()
+    try:
+        found = sample.TextSet()
+        size = sum(len(text) for n, word in enumerate(words) if found.add(text := f"{word}{n}"))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(words) == 1_000_000
+    assert (peak - size) / 1_000_000 < 64
+
+
+def test_unique_sequences_come_once_whatever_the_prompts():
+    process = run(*WORDS, "--unique", "--num_samples", 3000, input="a\nab\n\n")
+    assert process.returncode == 0
+    assert process.stderr == ""
+    lines = process.stdout.split("\n")[:-1]
+    assert len(lines) == len(set(lines)) == 9000
+
+
+def test_unique_sequences_are_the_first_of_each_kind():
+    arguments = [*WORDS, "--seed", 4, "--prompt", "th", "--num_samples"]
+    all_of_them = run(*arguments, 1000).stdout.split("\n")[:-1]
+    unique = run(*arguments, 300, "--unique").stdout.split("\n")[:-1]
+    assert list(dict.fromkeys(all_of_them))[:300] == unique
+
+
+@pytest.mark.parametrize("unique", [[], ["--unique"]])
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [("user_names_10000.csv", "user_name,packages\n"), ("english_words_5000.txt", "")],
+)
+def test_excluded_sequences_never_come(name, header, unique):
+    path = PRE_TRAINED / name
+    content = path.read_text(encoding="utf-8")
+    assert content.startswith(header)
+    learned = {line.split(",")[0] for line in content.removeprefix(header).split()}
+    arguments = ["sample.py", "--weights_path", path.with_suffix(".h5"), "--prompt", "", *unique]
+    arguments += ["--num_samples", 20_000, "--temperature", 0.7, "--seed", 0]
+    plain, picked = (
+        run(*arguments, *more).stdout.split("\n")[:-1] for more in ([], ["--exclude", path])
+    )
+    assert len(picked) == 20_000
+    assert set(plain) & learned
+    assert not set(picked) & learned
+
+
+def test_a_model_that_knows_three_words_ends_by_itself(tmp_path):
+    (tmp_path / "sequences.txt").write_text("alpha\nbeta\ngamma\n")
+    command = (
+        "train.py --units 16 --layers 1 --dropout 0 --batch_size 3 --epochs 150 "
+        "--validation_split 0"
+    )
+    assert run(*shlex.split(command), cwd=tmp_path).returncode == 0
+    command = "sample.py --weights_path incognito_model.h5 --prompt= --top_p 0.9 --num_samples 1000"
+    process = run(*shlex.split(command), "--unique", cwd=tmp_path)
+    assert process.returncode == 0
+    assert sorted(process.stdout.split()) == ["alpha", "beta", "gamma"]
+    nothing_left = "sample.py: the model has nothing new left to give: {} found, not 1,000"
+    assert process.stderr.startswith(nothing_left.format(3))
+    assert process.stderr.count("\n") == 1
+    process = run(*shlex.split(command), "--exclude", "sequences.txt", cwd=tmp_path)
+    assert process.returncode == 0
+    assert process.stdout == ""
+    assert process.stderr.startswith(nothing_left.format(0))
+
+
+# The most likely sequences
+
+
+@pytest.mark.parametrize("prompt", ["", "b"])
+@pytest.mark.parametrize(
+    "shape", [{}, {"temperature": 0.3}, {"top_k": 2}, {"top_p": 0.8}, {"temperature": 0}], ids=str
+)
+@pytest.mark.parametrize("max_len", [1, 3, 6])
+def test_the_most_likely_are_those_that_brute_force_finds(prompt, shape, max_len):
+    for seed, scale in enumerate([0.2, 0.7, 2.0]):
+        trained = random_model("\nabc", seed=seed, scale=scale)
+        everything = enumerate_sequences(trained, prompt, max_len=max_len, **shape)
+        expected = sorted(everything.values(), reverse=True)
+        notes = []
+        for count in (1, 7, 5000):
+            found = list(
+                sample.most_likely(
+                    trained, prompt, count, **shape, max_len=max_len, warn=notes.append
+                )
+            )
+            assert len(found) == min(count, len(everything))
+            probabilities, texts = zip(*found)
+            assert len(set(texts)) == len(texts)
+            np.testing.assert_allclose(probabilities, expected[:count], rtol=1e-4)
+            np.testing.assert_allclose(
+                probabilities, [everything[text] for text in texts], rtol=1e-4
+            )
+            assert list(probabilities) == sorted(probabilities, reverse=True)
+        assert notes[-1] == (f"no more than {len(everything):,} sequences are possible, not 5,000")
+
+
+def test_the_most_likely_can_exclude():
+    trained = random_model("\nabcd", max_len=5)
+    everything = [text for _, text in sample.most_likely(trained, count=40)]
+    exclude = set(everything[::3])
+    rest = [text for _, text in sample.most_likely(trained, count=20, exclude=exclude)]
+    assert rest == [text for text in everything if text not in exclude][:20]
+
+
+def test_a_search_that_would_take_too_much_memory_stops_with_what_is_proven(monkeypatch):
+    trained, _ = model.load(PRE_TRAINED / "user_names_10000.h5")
+    expected = list(sample.most_likely(trained, count=400))
+    monkeypatch.setattr(sample, "MEMORY", 2**24)
+    notes = []
+    proven = list(sample.most_likely(trained, count=400, warn=notes.append))
+    assert 3 < len(proven) < 400
+    assert [text for _, text in proven] == [text for _, text in expected[: len(proven)]]
+    (note,) = notes
+    assert note.startswith(f"only {len(proven)} of 400 are proven to be the most likely")
+    assert note.endswith("over 0.0156 GiB of memory")
+
+
+def test_the_most_likely_of_the_command_line_are_often_drawn():
+    process = run(*WORDS, "--prompt", "th", "--most_likely", 20)
+    assert process.returncode == 0
+    assert process.stderr == ""
+    rows = [line.split("\t") for line in process.stdout.split("\n")[:-1]]
+    assert len(rows) == 20
+    drawn = run(*WORDS, "--prompt", "th", "--num_samples", 50_000).stdout.split("\n")
+    for probability, text in rows:
+        assert text.startswith("th")
+        spread = (float(probability) / 50_000) ** 0.5
+        assert drawn.count(text) / 50_000 == pytest.approx(float(probability), abs=5 * spread)
+
+
+# Scores
+
+
+def evaluate_in_keras(path, texts, max_len):
+    """What stock Keras makes of the texts: the mean over characters and ends."""
+    import keras
+
+    network = keras.models.load_model(path)
+    trained, _ = model.load(path)
+    alphabet = trained.alphabet
+    rows = np.zeros((len(texts), max_len), int)
+    for row, text in zip(rows, texts):
+        row[: len(text[:max_len])] = alphabet.encode(text[:max_len])
+    complete = np.array([len(text) <= max_len for text in texts])
+    corpus = model.Corpus(alphabet, max_len, rows, complete)
+    return network.evaluate(train.make_dataset(corpus, 64), verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "max_len"),
+    [("english_words_5000.h5", None), ("user_names_10000.h5", None), ("user_names_10000.h5", 7)],
+)
+def test_scores_agree_with_keras(tmp_path, name, max_len):
+    trained, _ = model.load(PRE_TRAINED / name)
+    texts = sorted(filter(None, trained.sample(count=700, temperature=1.2, seed=1)), key=hash)
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    arguments = ["--weights_path", PRE_TRAINED / name, "--score", "texts.txt"]
+    arguments += ["--max_len", max_len] if max_len else []
+    process = run("sample.py", *arguments, cwd=tmp_path)
+    assert process.returncode == 0
+    values, scored = zip(*(line.split("\t") for line in process.stdout.split("\n")[:-1]))
+    assert list(scored) == texts
+    max_len = max_len or trained.max_len
+    expected = evaluate_in_keras(PRE_TRAINED / name, texts, max_len)
+    mean, perplexity = map(
+        float,
+        re.match(r"([\d.]+) nats per character, perplexity ([\d.]+):", process.stderr).groups(),
+    )
+    assert mean == pytest.approx(expected, rel=1e-5)
+    assert perplexity == pytest.approx(np.exp(expected), rel=1e-4)
+    counts = [min(len(text), max_len) + (len(text) <= max_len) for text in texts]
+    assert np.average(list(map(float, values)), weights=counts) == pytest.approx(mean, abs=2e-6)
+    cut = sum(len(text) > max_len for text in texts)
+    assert (f"{cut} were longer than {max_len} characters and cut" in process.stderr) == (cut > 0)
+    for index in (0, 300, -1):
+        alone = evaluate_in_keras(PRE_TRAINED / name, [texts[index]], max_len)
+        assert float(values[index]) == pytest.approx(alone, abs=2e-5)
+
+
+def test_the_score_of_a_sequence_is_its_probability():
+    trained = random_model("\nabc", max_len=4)
+    everything = enumerate_sequences(trained, max_len=9)
+    texts = [text for text in everything if len(text) < 9][::5]
+    for text, nats, targets in sample.score(trained, texts, max_len=9):
+        assert targets == len(text) + 1
+        assert nats == pytest.approx(-np.log(everything[text]), rel=1e-4)
+
+
+def test_what_the_model_can_not_know_is_counted_and_left_out_of_the_mean(tmp_path):
+    (tmp_path / "all.csv").write_text('word,n\nthe,1\n"Ïx, y",2\nand,3\na b,4\n', encoding="utf-8")
+    (tmp_path / "known.txt").write_text("the\nand\n")
+    known, both = (run(*WORDS, "--score", tmp_path / name) for name in ("known.txt", "all.csv"))
+    lines = both.stdout.split("\n")
+    assert lines[1] == "inf\tÏx, y"
+    assert lines[3] == "inf\ta b"
+    assert [lines[0], lines[2], ""] == known.stdout.split("\n")
+    mean, rest = both.stderr.split("\n", 1)
+    assert mean + "\n" == known.stderr
+    assert "the mean over 2 sequences with 8 characters and ends" in mean
+    assert rest == "2 more hold characters that the model can't know\n"
+
+
+# Into a file
+
+
+def test_an_output_holds_what_stdout_would_have(tmp_path):
+    arguments = [*WORDS, "--prompt", "re", "--num_samples", 5000, "--seed", 1]
+    expected = run(*arguments)
+    process = run(*arguments, "--output", tmp_path / "words.txt")
+    assert process.returncode == 0
+    assert process.stdout == ""
+    assert process.stderr == f"{tmp_path}/words.txt holds 5,000 sequences\n"
+    assert (tmp_path / "words.txt").read_text() == expected.stdout
+    assert os.listdir(tmp_path) == ["words.txt"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--most_likely", 9], ["--score", ROOT / "requirements.txt"], ["--num_samples", 9]],
+)
+def test_each_kind_of_result_can_go_into_a_file(tmp_path, arguments):
+    arguments = [*WORDS, *arguments] + (["--seed", 1] if "--num_samples" in arguments else [])
+    expected = run(*arguments, input="th\nan\n").stdout
+    process = run(*arguments, "--output", "results", input="th\nan\n", cwd=tmp_path)
+    assert process.returncode == 0
+    assert expected.count("\n") in (5, 18)
+    assert (tmp_path / "results").read_text() == expected
+
+
+def measure_memory(*arguments):
+    process = subprocess.Popen([sys.executable, ROOT / "sample.py", *map(str, arguments)])
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    return usage.ru_maxrss
+
+
+def test_memory_does_not_grow_with_the_count(tmp_path):
+    arguments = ["--prompt", "", "--output", tmp_path / "words.txt", "--num_samples"]
+    few, many = (measure_memory(*arguments, count) for count in (5_000, 100_000))
+    assert (tmp_path / "words.txt").read_text().count("\n") == 100_000
+    assert many < few + 4000
+
+
+def test_an_output_that_can_not_be_written_leaves_the_old_one(tmp_path):
+    (tmp_path / "words.txt").write_text("old")
+    arguments = [*WORDS, "--prompt", "", "--num_samples", 50_000, "--output", "words.txt"]
+    process = run(
+        *arguments,
+        cwd=tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert_one_line_error(process, "sample.py")
+    assert "--output: can't write words.txt: File too large" in process.stderr
+    process = run(*WORDS, "--output", "words.txt", cwd=tmp_path, input="th\na b\n")
+    assert_one_line_error(process, "sample.py")
+    assert "prompt 2: the model never saw ' '" in process.stderr
+    process = run(*WORDS, "--output", "words.txt", cwd=tmp_path, input="")
+    assert_one_line_error(process, "sample.py")
+    assert "no prompt came in; pass one, such as --prompt ''" in process.stderr
+    assert (tmp_path / "words.txt").read_text() == "old"
+    assert os.listdir(tmp_path) == ["words.txt"]
+
+
+def test_ctrl_c_keeps_what_was_invented_until_then(tmp_path):
+    arguments = ["--num_samples", 100_000_000, "--output", "words.txt", "--seed", 1]
+    command = [sys.executable, ROOT / "sample.py", *map(str, arguments)]
+    with on_terminal(command, cwd=tmp_path) as (terminal, process):
+        shown = read_until(terminal, " left")
+        time.sleep(0.5)
+        os.write(terminal, b"\x03")
+        shown += read_until(terminal, None)
+        assert process.wait(60) == 130
+    assert re.search(
+        r"\r\[-{20}\] [\d,]+ of 100,000,000, [\d,]+ a second, \d+:\d\d:\d\d left", shown
+    )
+    count = int(re.search(r"Stopped: words.txt holds ([\d,]+) seq", shown)[1].replace(",", ""))
+    lines = (tmp_path / "words.txt").read_text().split("\n")
+    assert len(lines) == count + 1 > 2
+    expected = run(*WORDS, "--prompt", "", "--num_samples", count, "--seed", 1).stdout
+    assert "\n".join(lines) == expected
+
+
+def test_a_log_gets_lines(capsys, monkeypatch):
+    moments = itertools.count(step=4)
+    monkeypatch.setattr(sample.time, "monotonic", lambda: next(moments))
+    assert list(sample.watch("abcdef", total=6)) == list("abcdef")
+    assert capsys.readouterr().err == (
+        "[##########----------] 3 of 6, 0 a second, 0:00:12 left\n"
+        "[####################] 6 of 6, 0 a second, 0:00:00 left\n"
+    )
+    list(sample.watch("abc"))
+    assert capsys.readouterr().err == "3 so far, 0 a second\n"
 
 
 # On a terminal
@@ -166,6 +513,22 @@ def test_ctrl_c_leaves_quietly():
         assert process.wait(60) == 0
 
 
+def test_ctrl_c_during_a_long_batch_returns_to_the_prompt():
+    with start("--num_samples", 10_000_000) as (terminal, process):
+        read_until(terminal, "> ")
+        os.write(terminal, b"qu\n")
+        read_until(terminal, "\r\nqu")
+        os.write(terminal, b"\x03")
+        assert read_until(terminal, "\r\n> ").endswith("Stopped. Ctrl-D leaves.\r\n> ")
+        os.write(terminal, b"th\n")
+        read_until(terminal, "\r\nth")
+        os.write(terminal, b"\x03")
+        read_until(terminal, "\r\n> ")
+        os.write(terminal, b"\x04")
+        assert "Traceback" not in read_until(terminal, None)
+        assert process.wait(60) == 0
+
+
 def test_results_can_be_piped_while_prompts_are_typed(tmp_path):
     command = f"{sys.executable} {ROOT}/sample.py --num_samples 3 > {tmp_path}/results"
     with on_terminal(["sh", "-c", command]) as (terminal, process):
@@ -191,12 +554,19 @@ def steering(trained, tmp_path):
     return path
 
 
-def test_nothing_invented_can_steer_the_terminal(steering):
+def test_nothing_invented_can_steer_the_terminal(steering, tmp_path):
     with start("--weights_path", steering, "--prompt", "\x1b") as (terminal, process):
         shown = read_until(terminal, None)
         assert process.wait(60) == 0
     assert shown.count(r"\x1b") >= 100
     assert shown.replace("\r\n", "").isprintable()
+    (tmp_path / "texts.txt").write_text("\x1b\x07\n\x1b[31m\n")
+    for arguments in (["--score", tmp_path / "texts.txt"], ["--prompt=\x1b", "--most_likely", 5]):
+        with start("--weights_path", steering, *arguments) as (terminal, process):
+            shown = read_until(terminal, None)
+            assert process.wait(60) == 0
+        assert re.search(r"^\S+\t\\x1b", shown)
+        assert shown.replace("\r\n", "").replace("\t", "").isprintable()
 
 
 def test_a_pipe_gets_every_character_as_it_is(steering):

@@ -1,4 +1,4 @@
-"""Times how soon the scripts answer, against what else starts on this machine.
+"""Times how soon the scripts answer, and how much memory a prompt takes.
 
     python tests/benchmarks/startup.py
 
@@ -6,8 +6,10 @@ Each figure is the median of several runs, and each ratio the median of the
 ratios of runs that followed each other, because machines drift.
 """
 
+import contextlib
 import os
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -29,13 +31,21 @@ def time_to_end(*arguments):
     return time.perf_counter() - start
 
 
-def time_to_prompt():
-    """Returns how many seconds sample.py takes until it asks for input on a terminal."""
+def start_prompt(peaks):
+    """Returns how many seconds sample.py takes until it asks for input on a terminal.
+
+    Args:
+        peaks: list, to which the most memory that it has taken by then is
+            added, in MB; on Linux only.
+    """
     command = [sys.executable, "sample.py", "--weights_path", MODEL]
     start = time.perf_counter()
-    with on_terminal(command, cwd=ROOT) as (terminal, _):
+    with on_terminal(command, cwd=ROOT) as (terminal, process):
         read_until(terminal, "> ")
         seconds = time.perf_counter() - start
+        with contextlib.suppress(OSError):
+            status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+            peaks.append(int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024 / 1e6)
         os.write(terminal, b"\x04")
         read_until(terminal, None)
     return seconds
@@ -43,9 +53,10 @@ def time_to_prompt():
 
 def main():
     """Prints the table."""
+    peaks = []
     figures = {
         "python -c 'import keras'": lambda: time_to_end("-c", "import keras"),
-        "sample.py, until its prompt": time_to_prompt,
+        "sample.py, until its prompt": lambda: start_prompt(peaks),
         "python -c pass": lambda: time_to_end("-c", "pass"),
         "train.py --help": lambda: time_to_end("train.py", "--help"),
         "train.py --unit 3": lambda: time_to_end("train.py", "--unit", "3"),
@@ -62,6 +73,8 @@ def main():
         print(f"{statistics.median(r[name] for r in rounds[1:]):7.3f} s  {name}")
     ratio = statistics.median(r[prompt] / r[keras] for r in rounds[1:])
     print(f"{ratio:7.3f}    {prompt} / {keras}")
+    if peaks:
+        print(f"{statistics.median(peaks):7.1f} MB {prompt}, peak memory")
     for name in others:
         extra = statistics.median(r[name] - r[nothing] for r in rounds[1:])
         print(f"{extra:7.3f} s  {name} − {nothing}")
