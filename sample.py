@@ -171,7 +171,7 @@ class TextSet:
         if text in self:
             return False
         self._recent.add(text)
-        if len(self._recent) == 2**16:
+        if len(self._recent) >= 2**16:
             self._store()
         return True
 
@@ -265,11 +265,19 @@ class Search:
         self.best = []  # the log-probabilities of the `count` best sequences so far
         self.open = []  # (-log-probability, serial, rank, prefix): its rank-th follower
         self.serial = itertools.count()  # so that no prefixes are ever compared
+        state = trained.start()
+        # About the bytes that an open prefix takes.
+        self.prefix_size = state.hidden.nbytes + state.cell.nbytes + 16 * len(trained.alphabet)
 
     @property
     def floor(self):
         """The log-probability, a float, that a sequence must exceed to be among the best."""
         return self.best[0] if len(self.best) == self.count else -math.inf
+
+    @property
+    def size(self):
+        """About how many bytes what is remembered takes, an int."""
+        return len(self.open) * (self.prefix_size + 1000) + len(self.whole) * 200
 
     def add(self, value, text):
         """Adds a whole sequence, a str, with its log-probability, a float."""
@@ -321,12 +329,14 @@ class Search:
         texts = [prefix.text + symbols[index] for index, prefix in zip(ids, prefixes)]
         self.add_followers(texts, np.array(values), logits, state)
 
-    def fit_into(self, room, found):
-        """Lowers `count`, at most to `found`, until no more prefixes than `room` are open."""
-        while len(self.open) > room:
+    def fit(self, found):
+        """Lowers `count`, at most to `found`, until what is remembered fits into `MEMORY`."""
+        while self.size > MEMORY:
             self.open = [entry for entry in self.open if -entry[0] > self.floor]
+            self.whole = [entry for entry in self.whole if -entry[0] >= self.floor]
             heapq.heapify(self.open)
-            if len(self.open) <= room or self.count == found:
+            heapq.heapify(self.whole)
+            if self.size <= MEMORY or self.count == found:
                 return
             self.count = max(found, min(self.count, len(self.best)) // 2)
             self.best = sorted(self.best)[-self.count :]
@@ -372,16 +382,15 @@ def most_likely(
         search.add(0.0, prompt)
     else:
         search.add_followers([prompt], np.zeros(1), logits[-1:], state)
-    prefix_size = state.hidden.nbytes + state.cell.nbytes + 16 * len(trained.alphabet) + 1000
-    return _take_proven(search, MEMORY // prefix_size, warn)
+    return _take_proven(search, warn)
 
 
-def _take_proven(search, room, warn):
+def _take_proven(search, warn):
     wanted = search.count
     for found in range(wanted):
         while search.open and (not search.whole or search.open[0][0] < search.whole[0][0]):
             search.read_best()
-            search.fit_into(room, found)
+            search.fit(found)
         if found == search.count:
             warn(
                 f"only {found:,} of {wanted:,} are proven to be the most likely: more would "
