@@ -1,6 +1,6 @@
 """Loaders: a file on disk becomes an iterable of Python strings, one a sequence."""
 
-import codecs
+import contextlib
 import csv
 import itertools
 
@@ -15,6 +15,10 @@ class SequenceLoader:
     Args:
         path: str or path-like, a UTF-8 text file.
         max_sequences: int or None, yield only the first so many.
+
+    Attributes:
+        line: int, in which line of the file the sequence that came last ends;
+            the first is 1.
 
     Yields:
         str, one sequence.
@@ -37,34 +41,30 @@ class SequenceLoader:
         self.max_sequences = max_sequences
 
     def __iter__(self):
-        return (sequence for _, sequence in self.numbered())
-
-    def numbered(self):
-        """Yields `(line, sequence)` pairs: where each sequence stands in the file.
-
-        `line` is an int that counts from 1.
-        """
-        records = (record for record in self._records() if record[1].strip())
-        first = next(records, None)
+        self.line = 0
+        sequences = filter(str.strip, self._records())
+        first = next(sequences, None)
         if first is None:
             raise ValueError(f"{self.path} {self.empty}.")
-        yield from itertools.islice(itertools.chain([first], records), self.max_sequences)
+        yield from itertools.islice(itertools.chain([first], sequences), self.max_sequences)
 
     def _records(self):
-        return ((line, text.rstrip("\r\n")) for line, text in self._lines())
+        with self._open() as file:
+            for self.line, text in enumerate(file, start=1):
+                yield text.rstrip("\r\n")
 
-    def _lines(self):
-        with open(self.path, "rb") as file:
-            for line, raw in enumerate(file, start=1):
-                if line == 1:
-                    raw = raw.removeprefix(codecs.BOM_UTF8)
-                try:
-                    yield line, raw.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise ValueError(
-                        f"{self.path}, line {line}: not UTF-8 text; convert the file to "
-                        f"UTF-8 first. Received: byte {raw[error.start]:#04x}."
-                    ) from None
+    @contextlib.contextmanager
+    def _open(self):
+        try:
+            with open(self.path, encoding="utf-8-sig", newline="\n") as file:
+                yield file
+        except UnicodeDecodeError as error:
+            # All lines before those bytes, which are read in one piece, have been counted.
+            line = self.line + 1 + error.object.count(b"\n", 0, error.start)
+            raise ValueError(
+                f"{self.path}, line {line}: not UTF-8 text; convert the file to UTF-8 first. "
+                f"Received: byte {error.object[error.start]:#04x}."
+            ) from None
 
 
 class VocabularyLoader(SequenceLoader):
@@ -92,13 +92,15 @@ class VocabularyLoader(SequenceLoader):
         import wordfreq
 
         words = {}
-        for line, word in super()._records():
+        for word in super()._records():
             key = word.lower()
             if key not in words or word == key:
-                words[key] = line, word
-        return iter(
-            sorted(words.values(), key=lambda record: -wordfreq.word_frequency(record[1], "en"))
+                words[key] = self.line, word
+        ranked = sorted(
+            words.values(), key=lambda record: -wordfreq.word_frequency(record[1], "en")
         )
+        for self.line, word in ranked:
+            yield word
 
 
 class UserNameLoader(SequenceLoader):
@@ -123,14 +125,19 @@ class UserNameLoader(SequenceLoader):
     empty = "holds no data row: after the header it needs a row with a first column"
 
     def _records(self):
-        reader = csv.reader((text for _, text in self._lines()), strict=True)
-        rows = filter(None, reader)
-        try:
-            next(rows, None)
-            for row in rows:
-                yield reader.line_num, row[0]
-        except csv.Error as error:
-            raise ValueError(f"{self.path}, line {reader.line_num}: not CSV: {error}.") from None
+        with self._open() as file:
+            reader = csv.reader(file, strict=True)
+            rows = filter(None, reader)
+            try:
+                next(rows, None)
+                for row in rows:
+                    self.line = reader.line_num
+                    yield row[0]
+            except csv.Error as error:
+                line = reader.line_num
+                raise ValueError(f"{self.path}, line {line}: not CSV: {error}.") from None
+            finally:
+                self.line = reader.line_num
 
 
 LOADERS = {loader.__name__: loader for loader in (SequenceLoader, VocabularyLoader, UserNameLoader)}

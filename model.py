@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 
 import h5py
@@ -149,26 +150,35 @@ def encode(sequences, sentinel="\n", max_len=None):
         block = list(itertools.islice(iterator, 65536))
         if not block:
             break
-        for index, sequence in enumerate(block):
-            if sentinel in sequence:
-                first = done + index if first is None else first
-                clashes += 1
-        kept = [sequence[:limit] for sequence in block]
-        lengths.append(np.fromiter(map(len, kept), np.int32, len(kept)))
-        complete.append(np.fromiter(map(len, block), np.int64, len(block)) <= limit)
-        points.append(np.frombuffer("".join(kept).encode("utf-32-le"), "<u4"))
+        joined = sentinel.join(block)
+        if joined.count(sentinel) >= len(block):
+            found = [index for index, sequence in enumerate(block) if sentinel in sequence]
+            first = done + found[0] if first is None else first
+            clashes += len(found)
+        length = np.fromiter(map(len, block), np.int64, len(block))
+        complete.append(length <= limit)
+        if not complete[-1].all():
+            joined = sentinel.join(sequence[:limit] for sequence in block)
+        lengths.append(np.minimum(length, limit).astype(np.int32))
+        points.append(np.frombuffer(joined.encode("utf-32-le"), "<u4"))
     if clashes:
         raise SentinelError(first, clashes)
 
-    known = np.unique(np.concatenate([np.unique(block) for block in points]))
+    seen = np.zeros(sys.maxunicode + 1, bool)
+    for block in points:
+        seen[block] = True
+    seen[ord(sentinel)] = False
+    known = np.flatnonzero(seen).astype("<u4")
     alphabet = Alphabet(sentinel + known.tobytes().decode("utf-32-le"))
-    lengths = np.concatenate(lengths)
-    longest = int(lengths.max())
-    rows = np.zeros((len(lengths), longest), np.min_scalar_type(len(known)))
-    filled = np.arange(longest) < lengths[:, None]
-    rows[filled] = np.concatenate(
-        [(np.searchsorted(known, block) + 1).astype(rows.dtype) for block in points]
-    )
+    ids = np.zeros(len(seen), np.min_scalar_type(len(known)))
+    ids[known] = np.arange(1, len(known) + 1)
+    longest = int(max(length.max() for length in lengths))
+    rows = np.zeros((sum(map(len, lengths)), longest), ids.dtype)
+    begin = 0
+    for block, length in zip(points, lengths):
+        part = rows[begin : begin + len(length)]
+        part[np.arange(longest) < length[:, None]] = ids[block[block != ord(sentinel)]]
+        begin += len(length)
     return Corpus(alphabet, max_len or longest, rows, np.concatenate(complete))
 
 
@@ -411,17 +421,17 @@ class SequenceModel:
         )
 
     def _sample(self, prompt, count, steps, logits, state, distribute, key):
-        most = batch_size(steps)
-        for start in itertools.count(step=most):
-            batch = most if count is None else min(most, count - start)
-            if batch <= 0:
-                return
+        most, start = batch_size(steps), 0
+        while count is None or start < count:
+            # Without a count a few may be enough, so that the batches only grow.
+            batch = min(most, max(start, 128) if count is None else count - start)
             invented = self._finish(batch, start, steps, logits, state, distribute, key)
             text = self.alphabet.decode(invented[invented > 0])
             end = 0
             for length in np.count_nonzero(invented, axis=1).tolist():
                 begin, end = end, end + length
                 yield prompt + text[begin:end]
+            start += batch
 
     def _finish(self, batch, start, steps, logits, state, distribute, key):
         first = np.zeros(batch, int)

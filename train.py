@@ -156,11 +156,11 @@ def explain_sentinel(args, loader, error):
     """Returns what to tell the user about a `model.SentinelError` in a loader's data."""
     where, such_as = f"sequence {error.first + 1}", ""
     if os.path.isfile(args.sequence_path):  # what came through a pipe can't be read again
-        line, _ = next(itertools.islice(loader.numbered(), error.first, None))
         used = set(itertools.chain.from_iterable(loader))
+        next(itertools.islice(loader, error.first, None))
         candidates = itertools.chain(" |~^_", filter(str.isprintable, map(chr, range(33, 0xD800))))
         free = next(character for character in candidates if character not in used)
-        where, such_as = f"line {line}", f", such as --sentinel {shlex.quote(free)}"
+        where, such_as = f"line {loader.line}", f", such as --sentinel {shlex.quote(free)}"
     return (
         f"{args.sequence_path}, {where}: the sequence contains the sentinel {args.sentinel!r} "
         f"({error.count} in all do); pass a character that none contains{such_as}"

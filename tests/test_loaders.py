@@ -37,7 +37,7 @@ def test_a_text_file_gives_its_lines(write, content, expected):
 def test_a_loader_can_be_iterated_again_and_cut_short(write):
     loader = SequenceLoader(write("\na\nb\nc\n"), max_sequences=2)
     assert list(loader) == list(loader) == ["a", "b"]
-    assert list(loader.numbered()) == [(2, "a"), (3, "b")]
+    assert [(loader.line, sequence) for sequence in loader] == [(2, "a"), (3, "b")]
 
 
 @pytest.mark.parametrize("loader", [SequenceLoader, UserNameLoader])
@@ -55,6 +55,20 @@ def test_a_large_file_is_streamed(write, loader):
 def test_bytes_that_are_not_utf8_are_named_by_line(write, loader):
     with pytest.raises(ValueError, match=r"data\.txt, line 3: not UTF-8.*0xe9"):
         list(loader(write(b"ab\ncd\n\xe9f\n")))
+
+
+@pytest.mark.parametrize("loader", [SequenceLoader, UserNameLoader])
+@pytest.mark.parametrize("line", [1, 2, 3000, 70_001, 99_999])
+def test_bytes_that_are_not_utf8_are_named_by_line_in_a_large_file(write, loader, line):
+    lines = [b"ann\xc3\xa9,%d" % number for number in range(100_000)]
+    lines[line - 1] = b"caf\xe9"
+    with pytest.raises(ValueError, match=rf"line {line}: not UTF-8"):
+        list(loader(write(b"\n".join(lines))))
+
+
+def test_the_line_of_a_sequence_is_where_it_ends(write):
+    loader = UserNameLoader(write('name\n\nann\n"two\nlines"\n,\nlast\n'))
+    assert [(loader.line, name) for name in loader] == [(3, "ann"), (5, "two\nlines"), (7, "last")]
 
 
 @pytest.mark.parametrize("loader", LOADERS.values())
