@@ -400,7 +400,9 @@ class SequenceModel:
                 sequences each time, None for others, or a
                 `numpy.random.Generator`. A sequence depends on the seed and
                 its place in the count alone, so that a larger count or
-                `max_len` begins with the sequences of a smaller one.
+                `max_len` begins with the sequences of a smaller one. (Sums
+                are rounded a little differently in batches of another size;
+                that changes about one sequence in 100,000.)
 
         Returns:
             An iterator of str, each with the prompt.
@@ -421,7 +423,7 @@ class SequenceModel:
         )
 
     def _sample(self, prompt, count, steps, logits, state, distribute, key):
-        most, start = batch_size(steps), 0
+        most, start = batch_size(steps, len(self.alphabet)), 0
         while count is None or start < count:
             # Without a count a few may be enough, so that the batches only grow.
             batch = min(most, max(start, 128) if count is None else count - start)
@@ -437,8 +439,10 @@ class SequenceModel:
         first = np.zeros(batch, int)
         logits, state = logits[first], state.take(first)
         places = np.arange(batch)  # where each row's sequence stands among all of them
-        columns = [first]
+        ids, columns = first, [first]
         for step in range(steps):
+            if step:
+                logits = self.step(ids, state)
             if step % DRAWS == 0:
                 draws = _draw(key, step // DRAWS, start, batch)
             ids = _choose(distribute(logits), draws[places, step % DRAWS])
@@ -454,21 +458,26 @@ class SequenceModel:
             state.move(last, gaps)
             for array in (places, ids):
                 array[gaps] = array[last]
-            places = places[:left]
-            logits = self.step(ids[:left], state)
+            places, ids = places[:left], ids[:left]
         return np.stack(columns, axis=1)
 
     def check_length(self, prompt, max_len):
         """Raises a ValueError if a prompt, a str, is longer than a sequence may be."""
         if len(prompt) > max_len:
             raise ValueError(
-                f"{len(prompt)} characters are more than the longest sequence has, {max_len}"
+                f"{len(prompt)} characters are more than the longest sequence has, {max_len}; "
+                "--max_len changes that"
             )
 
 
-def batch_size(steps):
-    """Returns how many sequences of so many steps to work on at a time, an int."""
-    return max(1, min(BATCH, 2**23 // (steps + 1)))
+def batch_size(steps, characters):
+    """Returns how many sequences to work on at a time, an int.
+
+    Args:
+        steps: int, how long they may become.
+        characters: int, how many the alphabet has.
+    """
+    return max(1, min(BATCH, 2**23 // max(steps + 1, characters)))
 
 
 def _draw(key, block, start, rows):
@@ -653,10 +662,8 @@ def replacing(path):
         OSError: if the file can't be written.
     """
     path = os.path.realpath(path)
-    temporary = f"{path}.tmp"
+    temporary = f"{path}.{os.getpid()}.tmp"  # not that of another run
     try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)  # what a killed run left
         with open(temporary, "xb") as file:
             yield file
             file.flush()
@@ -670,22 +677,24 @@ def replacing(path):
         raise
 
 
-def check_target(path, **inputs):
+def check_target(path, inputs):
     """Checks, before work is spent on it, that a file can be put at `path`.
 
     Args:
         path: str.
-        **inputs: for each flag that names a file to be read, its path or None.
+        inputs: dict that maps what to call each file that is read to its
+            path, or to None.
 
     Raises:
         ValueError: if it can't or must not; the message says why.
     """
-    if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
-        raise ValueError(f"{path!r} is not a file; name one")
-    for flag, other in inputs.items():
-        with contextlib.suppress(OSError, TypeError):
-            if os.path.samefile(path, other):
-                raise ValueError(f"{path} is the file of --{flag}; name another one")
+    stream = os.path.abspath(path).startswith(("/dev/std", "/dev/fd/", "/proc/"))
+    if stream or not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
+        raise ValueError(f"{path!r} is not a regular file; name one")
+    for name, other in inputs.items():
+        with contextlib.suppress(OSError):
+            if other is not None and os.path.samefile(path, other):
+                raise ValueError(f"{path} is the file of {name}; name another one")
     try:
         with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):
             pass

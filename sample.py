@@ -21,7 +21,7 @@ from loaders import SequenceLoader, UserNameLoader
 from model import CommandLine, UserError, within
 
 ENGLISH_WORDS = pathlib.Path(__file__).parent / "pre_trained_models" / "english_words_5000.h5"
-PATIENCE = 100_000  # so many sequences in a row without a new one, and there are no more
+PATIENCE = 20_000  # so many sequences in a row without a new one, and there are no more
 MEMORY = 2**30  # bytes that the search for the most likely sequences may take
 SCREENFUL = 1000  # sequences that are arranged together on a terminal
 
@@ -40,7 +40,14 @@ From a pipe, each line is a prompt. Results go to stdout, everything else to std
 UNUSED = {
     "most_likely": ("num_samples", "unique", "seed"),
     "score": (
-        *("prompt", "num_samples", "temperature", "top_k", "top_p", "unique", "exclude", "seed"),
+        "prompt",
+        "num_samples",
+        "temperature",
+        "top_k",
+        "top_p",
+        "unique",
+        "exclude",
+        "seed",
     ),
 }
 
@@ -105,7 +112,7 @@ def parse_arguments(arguments=None):
     drawing.add_argument(
         "--exclude",
         metavar="FILE",
-        help="none of the sequences in this file, say those of the training: one a line or, in a "
+        help="no empty sequence and none of this file's, say of the training: one a line or, in a "
         ".csv, the first column without the first line",
     )
 
@@ -114,7 +121,8 @@ def parse_arguments(arguments=None):
         "--most_likely",
         metavar="K",
         type=within(int, 1, 2**31),
-        help="the K most probable sequences, the best first: probability, tab, sequence",
+        help="the K most probable sequences, the best first: probability given the prompt, tab, "
+        "sequence",
     )
     other.add_argument(
         "--score",
@@ -126,7 +134,8 @@ def parse_arguments(arguments=None):
     parser.add_argument_group("results").add_argument(
         "--output",
         metavar="FILE",
-        help="write the results here, all or none; asks for no prompt on a terminal",
+        help="write the results here, in one step at the end: an error leaves the old file, Ctrl-C "
+        "keeps what there is; asks for no prompt on a terminal",
     )
     args = parser.parse_args(arguments)
     for mode, names in UNUSED.items():
@@ -137,20 +146,18 @@ def parse_arguments(arguments=None):
 
 
 class TextSet:
-    """A set of str made for millions: 17 bytes for each beyond its text in UTF-8.
+    """A set of str made for millions: few bytes for each beyond its text in UTF-8.
 
-    Args:
-        texts: iterable of str to begin with.
+    Most are stored in 17 bytes more than their text, and at most one in 16,
+    or a few thousand, in a Python set that takes five times as much.
     """
 
-    def __init__(self, texts=()):
+    def __init__(self):
         self._recent = set()
         # The older ones: all of their UTF-8, each ended by a byte that UTF-8 never has,
         # and where the one with each hash begins, in the order of the hashes.
         self._stored = bytearray()
         self._index = np.empty(0, np.int64), np.empty(0, np.int64)
-        for text in texts:
-            self.add(text)
 
     def __contains__(self, text):
         if text in self._recent:
@@ -171,7 +178,7 @@ class TextSet:
         if text in self:
             return False
         self._recent.add(text)
-        if len(self._recent) >= 2**16:
+        if len(self._recent) >= max(2**12, len(self._index[0]) // 16):
             self._store()
         return True
 
@@ -191,7 +198,7 @@ class TextSet:
         self._recent = set()
 
 
-def pick_new(sequences, known, unique, count, warn=warnings.warn):
+def pick_new(sequences, known, unique, count, warn):
     """Passes on those of the sequences that are new.
 
     Args:
@@ -230,12 +237,18 @@ class Prefix:
         following: int array `(characters,)`: ids, the likeliest first.
         values: float64 array of that shape: the log-probabilities of the
             text with each of them behind it.
+        size: int, about how many bytes all of that takes.
     """
 
     text: str
     state: model.State
     following: np.ndarray
     values: np.ndarray
+
+    @property
+    def size(self):  # noqa: D102 - said above
+        arrays = self.state.hidden, self.state.cell, self.following, self.values
+        return sum(array.nbytes for array in arrays) + 4 * len(self.text) + 1000
 
 
 class Search:
@@ -265,19 +278,12 @@ class Search:
         self.best = []  # the log-probabilities of the `count` best sequences so far
         self.open = []  # (-log-probability, serial, rank, prefix): its rank-th follower
         self.serial = itertools.count()  # so that no prefixes are ever compared
-        state = trained.start()
-        # About the bytes that an open prefix takes.
-        self.prefix_size = state.hidden.nbytes + state.cell.nbytes + 16 * len(trained.alphabet)
+        self.open_size = 0  # about the bytes that the open prefixes take
 
     @property
     def floor(self):
         """The log-probability, a float, that a sequence must exceed to be among the best."""
         return self.best[0] if len(self.best) == self.count else -math.inf
-
-    @property
-    def size(self):
-        """About how many bytes what is remembered takes, an int."""
-        return len(self.open) * (self.prefix_size + 1000) + len(self.whole) * 200
 
     def add(self, value, text):
         """Adds a whole sequence, a str, with its log-probability, a float."""
@@ -301,23 +307,29 @@ class Search:
             self.add(values[row, 0], text)
             following = order[row][(values[row, order[row]] > self.floor) & (order[row] > 0)]
             if len(text) + 1 < self.max_len:
-                self.push(0, Prefix(text, state.take([row]), following, values[row, following]))
+                prefix = Prefix(text, state.take([row]), following, values[row, following])
+                self.open_size += prefix.size * self.push(0, prefix)
             else:
                 for index in following:
                     self.add(values[row, index], text + self.trained.alphabet.symbols[index])
 
     def push(self, rank, prefix):
-        """Opens a `Prefix` with its follower of this rank, an int, if there is one."""
-        if rank < len(prefix.values) and prefix.values[rank] > self.floor:
-            entry = -prefix.values[rank], next(self.serial), rank, prefix
-            heapq.heappush(self.open, entry)
+        """Opens a `Prefix` with its follower of this rank, an int, if that may be of use.
+
+        Returns:
+            Bool, whether it is open.
+        """
+        if rank == len(prefix.values) or prefix.values[rank] <= self.floor:
+            return False
+        heapq.heappush(self.open, (-prefix.values[rank], next(self.serial), rank, prefix))
+        return True
 
     def read_best(self):
         """Reads the best prefixes on by a character: a batch, since NumPy is fast at that."""
         chosen = []
         while self.open and len(chosen) < 256:
             value, _, rank, prefix = heapq.heappop(self.open)
-            self.push(rank + 1, prefix)
+            self.open_size -= prefix.size * (not self.push(rank + 1, prefix))
             chosen.append((-value, prefix.following[rank], prefix))
         values, ids, prefixes = zip(*chosen)
         state = model.State(
@@ -331,15 +343,25 @@ class Search:
 
     def fit(self, found):
         """Lowers `count`, at most to `found`, until what is remembered fits into `MEMORY`."""
-        while self.size > MEMORY:
-            self.open = [entry for entry in self.open if -entry[0] > self.floor]
-            self.whole = [entry for entry in self.whole if -entry[0] >= self.floor]
-            heapq.heapify(self.open)
-            heapq.heapify(self.whole)
-            if self.size <= MEMORY or self.count == found:
+        if self.open_size + 200 * len(self.whole) <= MEMORY:
+            return
+        self.prune()
+        # With some room, so that it does not come to this again at once.
+        while self.open_size + 200 * len(self.whole) > 0.9 * MEMORY:
+            self.count = max(found, min(self.count // 2, len(self.best)))
+            if self.count == found:
+                self.open = []  # no more can be proven
                 return
-            self.count = max(found, min(self.count, len(self.best)) // 2)
             self.best = sorted(self.best)[-self.count :]
+            self.prune()
+
+    def prune(self):
+        """Forgets what can't become one of the best."""
+        self.open = [entry for entry in self.open if -entry[0] > self.floor]
+        self.whole = [entry for entry in self.whole if -entry[0] >= self.floor]
+        heapq.heapify(self.open)
+        heapq.heapify(self.whole)
+        self.open_size = sum(prefix.size for *_, prefix in self.open)
 
 
 def most_likely(
@@ -423,7 +445,9 @@ def score(trained, sequences, max_len=None):
     """
     max_len = max_len or trained.max_len
     iterator = iter(sequences)
-    while block := list(itertools.islice(iterator, model.batch_size(max_len))):
+    while block := list(
+        itertools.islice(iterator, model.batch_size(max_len, len(trained.alphabet)))
+    ):
         yield from zip(block, *_score(trained, block, max_len))
 
 
@@ -512,8 +536,7 @@ def converse(answer):
             shown to the user.
     """
     print(
-        "Type the first characters and press Enter; Enter alone invents from nothing, "
-        "Ctrl-D leaves.",
+        "Type the first characters and press Enter (none: from nothing). Ctrl-D leaves.",
         file=sys.stderr,
     )
     while True:
@@ -576,6 +599,7 @@ def write(path, lines):
 
     Raises:
         OSError: if the file can't be written; then the old one still stands.
+        KeyboardInterrupt: if it stopped before the first; likewise.
     """
     count = size = 0
     stopped = False
@@ -585,6 +609,8 @@ def write(path, lines):
                 size += file.write(line.encode() + b"\n")
                 count += 1
         except KeyboardInterrupt:
+            if not count:
+                raise  # the old file is worth more
             stopped = True
             file.seek(size)  # what was being written
             file.truncate()
@@ -614,16 +640,19 @@ def watch(results, total=None):
             if now >= due:
                 due = now + pause
                 shown = describe(count, total, now - start)
+                if terminal:
+                    shown = shown[: os.get_terminal_size(sys.stderr.fileno()).columns - 1]
                 width = max(width, len(shown))
-                print(
-                    "\r" + shown.ljust(width) if terminal else shown,
-                    end="" if terminal else "\n",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                with contextlib.suppress(OSError):  # the work goes on if nobody watches any more
+                    print(
+                        "\r" + shown.ljust(width) if terminal else shown,
+                        end="" if terminal else "\n",
+                        file=sys.stderr,
+                        flush=True,
+                    )
     finally:
         if width and terminal:
-            print("\r" + " " * width, end="\r", file=sys.stderr, flush=True)
+            print("\r" + " " * width, end="  \r", file=sys.stderr, flush=True)  # and ^C
 
 
 def describe(count, total, seconds):
@@ -657,22 +686,25 @@ def make_finder(args, trained, known, warn, escape):
     shaping = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "max_len")}
 
     def find(prompt):
+        def warn_here(note):
+            warn(f"{prompt!r}: {note}" if prompt else note)
+
         if args.most_likely is not None:
             found = most_likely(
-                trained, prompt, args.most_likely, **shaping, exclude=known, warn=warn
+                trained, prompt, args.most_likely, **shaping, exclude=known, warn=warn_here
             )
             return (f"{probability:#.6g}\t{escape(text)}" for probability, text in found)
         picky = args.unique or args.exclude is not None
         found = trained.sample(prompt, None if picky else args.num_samples, **shaping, seed=rng)
         if picky:
-            found = pick_new(found, known, args.unique, args.num_samples, warn)
+            found = pick_new(found, known, args.unique, args.num_samples, warn_here)
         return map(escape, found)
 
     return find
 
 
 def find_for_lines(find, lines):
-    """Yields the results for each line, all or none.
+    """Yields the results for each line.
 
     Raises:
         UserError: at a prompt that can't be answered, or if there is none.
@@ -682,13 +714,13 @@ def find_for_lines(find, lines):
         try:
             yield from find(line.rstrip("\r\n"))
         except ValueError as error:
-            raise UserError(f"prompt {number}: {error}") from None
+            raise UserError(f"prompt {number}: {error}; nothing was written") from None
     if not number:
         raise UserError("no prompt came in; pass one, such as --prompt ''")
 
 
-def rate(args, trained, escape):
-    """Yields the lines of `--score` and at the end reports the mean on stderr."""
+def rate(args, trained, escape, tell):
+    """Yields the lines of `--score` and at the end tells, in a str, what the mean is."""
     nats = targets = known = unknown = cut = 0
     max_len = args.max_len or trained.max_len
     for text, value, count in score(trained, read_sequences("score", args.score), max_len):
@@ -698,16 +730,17 @@ def rate(args, trained, escape):
             cut += len(text) > max_len
         else:
             unknown += 1
-    mean = nats / targets if targets else math.nan
-    print(
-        f"{mean:.6f} nats per character, perplexity {math.exp(min(mean, 700)):.6g}: the mean over "
-        f"{known:,} sequences with {targets:,} characters and ends",
-        file=sys.stderr,
-    )
+    if known:
+        mean = nats / targets
+        tell(
+            f"{mean:.6f} nats per character, perplexity {math.exp(min(mean, 700)):.6g}: the mean "
+            f"over {known:,} sequences with {targets:,} characters and ends"
+        )
     if unknown:
-        print(f"{unknown:,} more hold characters that the model can't know", file=sys.stderr)
+        more = "more hold" if known else "sequences, all of them, hold"
+        tell(f"{unknown:,} {more} characters that the model can't know")
     if cut:
-        print(f"{cut:,} were longer than {max_len} characters and cut (--max_len)", file=sys.stderr)
+        tell(f"{cut:,} were longer than {max_len} characters and cut (--max_len)")
 
 
 def read_sequences(flag, path):
@@ -725,6 +758,22 @@ def read_sequences(flag, path):
         raise UserError(f"--{flag}: {error}") from None
 
 
+def load_model(args):
+    """Returns the `model.SequenceModel` of `--weights_path`.
+
+    Raises:
+        UserError: if it can't be read.
+    """
+    try:
+        return model.load(args.weights_path)[0]
+    except OSError as error:
+        raise UserError(
+            f"--weights_path: can't read {args.weights_path}: {error.strerror}"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"--weights_path: {error}") from None
+
+
 def run(args):
     """Does what the command line asks for.
 
@@ -735,36 +784,39 @@ def run(args):
         UserError: if the user has to mend something first.
     """
     if args.output is not None:
-        inputs = {name: getattr(args, name) for name in ("weights_path", "exclude", "score")}
+        inputs = {
+            "--weights_path": args.weights_path,
+            "--exclude": args.exclude,
+            "--score": args.score,
+            "standard input": "/dev/stdin",
+        }
         try:
-            model.check_target(args.output, **inputs)
+            model.check_target(args.output, inputs)
         except ValueError as error:
             raise UserError(f"--output: {error}") from None
-    try:
-        trained, _ = model.load(args.weights_path)
-    except OSError as error:
-        raise UserError(
-            f"--weights_path: can't read {args.weights_path}: {error.strerror}"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"--weights_path: {error}") from None
-    known = TextSet(read_sequences("exclude", args.exclude) if args.exclude is not None else ())
+    trained = load_model(args)
+    known = TextSet()
+    if args.exclude is not None:
+        known.add("")  # which no file can name
+        for sequence in read_sequences("exclude", args.exclude):
+            known.add(sequence)
     to_terminal = args.output is None and sys.stdout.isatty()
     escape = model.printable if to_terminal else str
+    columns = to_terminal and args.most_likely is None and args.score is None
     notes = []
     find = make_finder(args, trained, known, notes.append, escape)
 
-    def answer(prompt):
-        show(find(prompt), columns=to_terminal and args.most_likely is None)
+    def show_all(lines):
+        show(lines, columns)
         tell_notes()
 
     def tell_notes():
         while notes:
-            print(f"sample.py: {notes.pop()}", file=sys.stderr)
+            print(f"sample.py: {notes.pop(0)}", file=sys.stderr)
 
     total = None
     if args.score is not None:
-        lines = rate(args, trained, escape)
+        lines = rate(args, trained, escape, notes.append)
     elif args.prompt is not None or (args.output is not None and sys.stdin.isatty()):
         try:
             lines = find(args.prompt or "")
@@ -776,23 +828,21 @@ def run(args):
     elif sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - input() edits lines once it is imported
-        converse(answer)
+        converse(lambda prompt: show_all(find(prompt)))
         return 0
     else:
-        return answer_lines(answer, sys.stdin)
+        return answer_lines(lambda prompt: show_all(find(prompt)), sys.stdin)
 
     if args.output is None:
-        show(lines, columns=to_terminal and args.most_likely is None and args.score is None)
-        tell_notes()
+        show_all(lines)
         return 0
     try:
         count, stopped = write(args.output, watch(lines, total))
     except OSError as error:
         raise UserError(f"--output: can't write {args.output}: {error.strerror}") from None
     tell_notes()
-    print(
-        f"{'Stopped: ' if stopped else ''}{args.output} holds {count:,} sequences", file=sys.stderr
-    )
+    done = f"{model.printable(args.output)} holds {count:,} lines"
+    print(f"Stopped: {done}" if stopped else done, file=sys.stderr)
     return 130 if stopped else 0
 
 
@@ -805,7 +855,7 @@ def main(arguments=None):
     parser, args = parse_arguments(arguments)
     # Bytes that are no characters become characters that no model knows.
     encoding = {} if sys.stdin.isatty() else {"encoding": "utf-8-sig"}
-    sys.stdin.reconfigure(errors="surrogateescape", **encoding)
+    sys.stdin.reconfigure(errors="surrogateescape", newline="\n", **encoding)
     if sys.stdout.isatty():
         sys.stdout.reconfigure(errors="backslashreplace")
     else:

@@ -266,7 +266,7 @@ def find_earlier_run(args, metadata):
     """
     path = args.save_path
     try:
-        model.check_target(path, sequence_path=args.sequence_path)
+        model.check_target(path, {"--sequence_path": args.sequence_path})
     except ValueError as error:
         raise UserError(f"--save_path: {error}") from None
     if args.overwrite or not os.path.lexists(path):
