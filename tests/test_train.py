@@ -213,12 +213,12 @@ MISTAKES = {
         "pass a character that none contains, such as --sentinel '~'",
     ),
     "no such folder": (["--save_path", "missing/model.h5"], "--save_path: can't write missing/"),
-    "a path without a name": (["--save_path", "new/"], "--save_path: 'new/' is not a file"),
+    "a path without a name": (["--save_path", "new/"], "--save_path: 'new/' is not a regular file"),
     "the data to save to": (
         ["--save_path", "sequences.txt", "--overwrite"],
         "--save_path: sequences.txt is the file of --sequence_path",
     ),
-    "a folder to save to": (["--save_path", "."], "--save_path: '.' is not a file; name one"),
+    "a folder to save to": (["--save_path", "."], "--save_path: '.' is not a regular file; name one"),
 }
 
 
