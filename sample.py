@@ -237,7 +237,6 @@ class Prefix:
         following: int array `(characters,)`: ids, the likeliest first.
         values: float64 array of that shape: the log-probabilities of the
             text with each of them behind it.
-        size: int, about how many bytes all of that takes.
     """
 
     text: str
@@ -246,7 +245,8 @@ class Prefix:
     values: np.ndarray
 
     @property
-    def size(self):  # noqa: D102 - said above
+    def size(self):
+        """About how many bytes it takes, an int."""
         arrays = self.state.hidden, self.state.cell, self.following, self.values
         return sum(array.nbytes for array in arrays) + 4 * len(self.text) + 1000
 

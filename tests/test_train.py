@@ -218,7 +218,10 @@ MISTAKES = {
         ["--save_path", "sequences.txt", "--overwrite"],
         "--save_path: sequences.txt is the file of --sequence_path",
     ),
-    "a folder to save to": (["--save_path", "."], "--save_path: '.' is not a regular file; name one"),
+    "a folder to save to": (
+        ["--save_path", "."],
+        "--save_path: '.' is not a regular file; name one",
+    ),
 }
 
 
