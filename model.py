@@ -118,7 +118,11 @@ class Corpus:
         One a character and one for the end mark, which a sequence that was
         cut does not have.
         """
-        return np.count_nonzero(self.rows, axis=1) + self.complete
+        lengths = np.empty(len(self), int)
+        for start in range(0, len(self), 65536):  # NumPy counts in a copy of what it is given
+            block = slice(start, start + 65536)
+            lengths[block] = np.count_nonzero(self.rows[block], axis=1)
+        return lengths + self.complete
 
     def subset(self, chosen):
         """Returns the `Corpus` of the sequences that `chosen`, an index array, selects."""
@@ -143,7 +147,9 @@ def encode(sequences, sentinel="\n", max_len=None):
     """
     limit = max_len or LONGEST
     first, clashes = None, 0
-    points, lengths, complete = [], [], []
+    ids = np.zeros(sys.maxunicode + 1, np.uint32)  # in the order in which they are first seen
+    size = 1
+    blocks, lengths, complete = [], [], []
     iterator = iter(sequences)
     # In blocks, because a list of all the strings would outweigh the rows many times.
     for done in itertools.count(step=65536):
@@ -160,24 +166,28 @@ def encode(sequences, sentinel="\n", max_len=None):
         if not complete[-1].all():
             joined = sentinel.join(sequence[:limit] for sequence in block)
         lengths.append(np.minimum(length, limit).astype(np.int32))
-        points.append(np.frombuffer(joined.encode("utf-32-le"), "<u4"))
+        points = np.frombuffer(joined.encode("utf-32-le"), "<u4")
+        points = points[points != ord(sentinel)]
+        block = ids[points]
+        if not block.all():
+            new = np.unique(points[block == 0])
+            ids[new] = np.arange(size, size + len(new))
+            size += len(new)
+            block = ids[points]
+        blocks.append(block.astype(np.min_scalar_type(size)))
     if clashes:
         raise SentinelError(first, clashes)
 
-    seen = np.zeros(sys.maxunicode + 1, bool)
-    for block in points:
-        seen[block] = True
-    seen[ord(sentinel)] = False
-    known = np.flatnonzero(seen).astype("<u4")
+    known = np.flatnonzero(ids).astype("<u4")
     alphabet = Alphabet(sentinel + known.tobytes().decode("utf-32-le"))
-    ids = np.zeros(len(seen), np.min_scalar_type(len(known)))
-    ids[known] = np.arange(1, len(known) + 1)
-    longest = int(max(length.max() for length in lengths))
-    rows = np.zeros((sum(map(len, lengths)), longest), ids.dtype)
+    final = np.zeros(size, np.min_scalar_type(len(known)))
+    final[ids[known]] = np.arange(1, size)
+    longest = max(int(length.max()) for length in lengths)
+    rows = np.zeros((sum(map(len, lengths)), longest), final.dtype)
     begin = 0
-    for block, length in zip(points, lengths):
+    for length in lengths:
         part = rows[begin : begin + len(length)]
-        part[np.arange(longest) < length[:, None]] = ids[block[block != ord(sentinel)]]
+        part[np.arange(longest) < length[:, None]] = final[blocks.pop(0)]
         begin += len(length)
     return Corpus(alphabet, max_len or longest, rows, np.concatenate(complete))
 
