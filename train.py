@@ -7,8 +7,10 @@ import itertools
 import math
 import os
 import shlex
+import signal
 import sys
 import tempfile
+import threading
 
 import numpy as np
 
@@ -24,6 +26,8 @@ does a larger --epochs. Ctrl-C stops; what the last whole epoch learned is kept.
 """
 
 NOTHING_SAVED = "nothing new was saved"
+# Set by Ctrl-C, since a library can make another error of a KeyboardInterrupt or drop it.
+stop_requested = threading.Event()
 
 
 # What makes two runs the same run: a file is continued only if all of it agrees.
@@ -341,8 +345,9 @@ def import_keras():
             with contextlib.suppress(ImportError):
                 import tensorflow  # noqa: F401 - on any backend, Keras would later
         except Exception:
-            messages.seek(0)
-            os.write(stderr, messages.read())
+            if not stop_requested.is_set():
+                messages.seek(0)
+                os.write(stderr, messages.read())
             raise
         finally:
             os.dup2(stderr, 2)
@@ -412,6 +417,10 @@ def fit(args, metadata, training, held_out, best, state):
     history = metadata["history"]
     print(f"Network: {args.layers} × LSTM({args.units}), {network.count_params():,} parameters")
 
+    def begin_batch(batch, logs):
+        if stop_requested.is_set():
+            raise KeyboardInterrupt
+
     def begin_epoch(epoch, logs):
         dataset.shuffle((args.seed, epoch))
 
@@ -450,7 +459,9 @@ def fit(args, metadata, training, held_out, best, state):
         shuffle=False,  # Keras's own order could not be continued; the dataset has one that can
         callbacks=[
             keras.callbacks.ProgbarLogger(),  # first, so that its line ends before ours begins
-            keras.callbacks.LambdaCallback(begin_epoch, end_epoch),
+            keras.callbacks.LambdaCallback(
+                begin_epoch, end_epoch, on_train_batch_begin=begin_batch
+            ),
         ],
         verbose=1 if sys.stdout.isatty() else 2,
     )
@@ -490,7 +501,9 @@ def run(args):
             print(f"Continuing {args.save_path} after epoch {done}")
         try:
             fit(args, metadata, training, held_out, best, state)
-        except KeyboardInterrupt:
+        except (Exception, KeyboardInterrupt):
+            if not stop_requested.is_set():
+                raise
             raise KeyboardInterrupt(explain_stop(args, history)) from None
 
     kept = len(history["loss"]) - epochs_since_best(history)
@@ -511,8 +524,16 @@ def explain_stop(args, history):
     return f"{args.save_path} keeps the last whole epoch; the same command{without} continues"
 
 
+def request_stop(signal_number, frame):
+    """Handles Ctrl-C: raises KeyboardInterrupt, and remembers that it did."""
+    stop_requested.set()
+    raise KeyboardInterrupt
+
+
 def main(arguments=None):
     """Runs the command line."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        signal.signal(signal.SIGINT, request_stop)
     # A name in Japanese must not stop a night's training under LANG=C.
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     parser, args = parse_arguments(arguments)
