@@ -168,13 +168,13 @@ def encode(sequences, sentinel="\n", max_len=None):
         lengths.append(np.minimum(length, limit).astype(np.int32))
         points = np.frombuffer(joined.encode("utf-32-le"), "<u4")
         points = points[points != ord(sentinel)]
-        block = ids[points]
-        if not block.all():
-            new = np.unique(points[block == 0])
+        encoded = ids[points]
+        if not encoded.all():
+            new = np.unique(points[encoded == 0])
             ids[new] = np.arange(size, size + len(new))
             size += len(new)
-            block = ids[points]
-        blocks.append(block.astype(np.min_scalar_type(size)))
+            encoded = ids[points]
+        blocks.append(encoded.astype(np.min_scalar_type(size)))
     if clashes:
         raise SentinelError(first, clashes)
 

@@ -285,6 +285,11 @@ class Search:
         """The log-probability, a float, that a sequence must exceed to be among the best."""
         return self.best[0] if len(self.best) == self.count else -math.inf
 
+    @property
+    def size(self):
+        """About how many bytes all that is remembered takes, an int."""
+        return self.open_size + 200 * len(self.whole)
+
     def add(self, value, text):
         """Adds a whole sequence, a str, with its log-probability, a float."""
         if value > self.floor and text not in self.exclude:
@@ -308,7 +313,8 @@ class Search:
             following = order[row][(values[row, order[row]] > self.floor) & (order[row] > 0)]
             if len(text) + 1 < self.max_len:
                 prefix = Prefix(text, state.take([row]), following, values[row, following])
-                self.open_size += prefix.size * self.push(0, prefix)
+                if self.push(0, prefix):
+                    self.open_size += prefix.size
             else:
                 for index in following:
                     self.add(values[row, index], text + self.trained.alphabet.symbols[index])
@@ -329,7 +335,8 @@ class Search:
         chosen = []
         while self.open and len(chosen) < 256:
             value, _, rank, prefix = heapq.heappop(self.open)
-            self.open_size -= prefix.size * (not self.push(rank + 1, prefix))
+            if not self.push(rank + 1, prefix):
+                self.open_size -= prefix.size
             chosen.append((-value, prefix.following[rank], prefix))
         values, ids, prefixes = zip(*chosen)
         state = model.State(
@@ -343,11 +350,11 @@ class Search:
 
     def fit(self, found):
         """Lowers `count`, at most to `found`, until what is remembered fits into `MEMORY`."""
-        if self.open_size + 200 * len(self.whole) <= MEMORY:
+        if self.size <= MEMORY:
             return
         self.prune()
         # With some room, so that it does not come to this again at once.
-        while self.open_size + 200 * len(self.whole) > 0.9 * MEMORY:
+        while self.size > 0.9 * MEMORY:
             self.count = max(found, min(self.count // 2, len(self.best)))
             if self.count == found:
                 self.open = []  # no more can be proven
@@ -640,10 +647,10 @@ def watch(results, total=None):
             if now >= due:
                 due = now + pause
                 shown = describe(count, total, now - start)
-                if terminal:
-                    shown = shown[: os.get_terminal_size(sys.stderr.fileno()).columns - 1]
-                width = max(width, len(shown))
                 with contextlib.suppress(OSError):  # the work goes on if nobody watches any more
+                    if terminal:
+                        shown = shown[: os.get_terminal_size(sys.stderr.fileno()).columns - 1]
+                    width = max(width, len(shown))
                     print(
                         "\r" + shown.ljust(width) if terminal else shown,
                         end="" if terminal else "\n",
@@ -652,7 +659,8 @@ def watch(results, total=None):
                     )
     finally:
         if width and terminal:
-            print("\r" + " " * width, end="  \r", file=sys.stderr, flush=True)  # and ^C
+            with contextlib.suppress(OSError):
+                print("\r" + " " * width, end="  \r", file=sys.stderr, flush=True)  # and ^C
 
 
 def describe(count, total, seconds):

@@ -185,20 +185,33 @@ def split(corpus, fraction, seed):
         Tuple `(training, held_out)` of two `model.Corpus`. The second is
         empty if that share is less than one sequence; the first never is.
     """
-    # As bytes, because NumPy sorts those many times faster than rows of numbers.
-    texts = np.ascontiguousarray(corpus.rows).view(f"V{corpus.rows[0].nbytes}").ravel()
-    order = np.argsort(texts, kind="stable")
-    first = np.ones(len(texts), bool)  # of its kind
-    for start in range(1, len(texts), 65536):  # a copy of all would take as much as the corpus
-        here, before = (order[start - shift : start + 65536 - shift] for shift in (0, 1))
-        first[start : start + 65536] = texts[here] != texts[before[: len(here)]]
-    kinds = np.empty(len(texts), int)
-    kinds[order] = np.cumsum(first) - 1
-    distinct = np.count_nonzero(first)
+    kinds = number_kinds(corpus.rows)
+    distinct = kinds.max() + 1
     count = min(round(fraction * distinct), distinct - 1)
     chosen = np.random.default_rng(seed).permutation(distinct)[:count]
     held_out = np.isin(kinds, chosen)
     return corpus.subset(np.flatnonzero(~held_out)), corpus.subset(np.flatnonzero(held_out))
+
+
+def number_kinds(rows):
+    """Numbers the different rows of an array from 0, in the order of their bytes.
+
+    Args:
+        rows: int array `(sequences, length)`.
+
+    Returns:
+        Int array `(sequences,)`, in which equal rows have equal numbers.
+    """
+    # As bytes, because NumPy sorts those many times faster than rows of numbers.
+    texts = np.ascontiguousarray(rows).view(f"V{rows[0].nbytes}").ravel()
+    order = np.argsort(texts, kind="stable")
+    first = np.ones(len(texts), bool)  # of its kind
+    for start in range(1, len(texts), 65536):  # a copy of all would take as much as the rows
+        here, before = (order[start - shift : start + 65536 - shift] for shift in (0, 1))
+        first[start : start + 65536] = texts[here] != texts[before[: len(here)]]
+    kinds = np.empty(len(texts), int)
+    kinds[order] = np.cumsum(first) - 1
+    return kinds
 
 
 def make_dataset(corpus, batch_size):
