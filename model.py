@@ -1,8 +1,8 @@
 """What a model is: its alphabet and encoding, its Keras network, its `.h5` file.
 
-Strings become rows of small integers (`encode`), rows become one-hot batches
-(`make_batch`), `build_network` makes the Keras LSTM that learns from them, and
-`save` writes it to a file that stock Keras opens. `load` reads such a file with
+Strings become rows of small integers (`encode`), `build_network` makes the
+Keras LSTM that learns from them by `total_loss`, and `save` writes it to a file
+that stock Keras opens. `load` reads such a file with
 h5py alone into a `SequenceModel`, which runs the same network in NumPy: it is
 ready in a fraction of the time that importing Keras takes.
 """
@@ -29,9 +29,6 @@ BATCH = 2048  # sequences that are invented at a time: more would not fit the ca
 DRAWS = 32  # random numbers that are made at a time for each of them
 LIMIT = 2**20  # the most that anybody can ask for: characters of a sequence, units, layers
 METADATA = "sequence_model"  # the root attribute that holds what Keras has no place for
-# What a layer's configuration must say. The rest are Keras's defaults, and
-# some of those another version of Keras 3 would not know.
-ESSENTIAL = {"name", "batch_shape", "units", "return_sequences", "activation", "rate"}
 TRAINING_STATE = "training_state"  # the group that holds what continuing needs
 
 
@@ -129,7 +126,7 @@ class Corpus:
         return dataclasses.replace(self, rows=self.rows[chosen], complete=self.complete[chosen])
 
 
-def encode(sequences, sentinel="\n", max_len=None):
+def encode(sequences, sentinel="\n", max_len=None, characters=""):
     """Encodes sequences in one pass.
 
     Args:
@@ -137,10 +134,12 @@ def encode(sequences, sentinel="\n", max_len=None):
         sentinel: str, one character.
         max_len: int or None, how many characters to keep of each sequence;
             None keeps all of the longest one, but at most `LONGEST`.
+        characters: str, each character once, without the sentinel: these are
+            in the alphabet even if no sequence has them.
 
     Returns:
         A `Corpus`. Its alphabet is the sentinel and the sorted characters
-        that were kept.
+        that were kept or given.
 
     Raises:
         SentinelError: if a sequence contains the sentinel.
@@ -148,7 +147,8 @@ def encode(sequences, sentinel="\n", max_len=None):
     limit = max_len or LONGEST
     first, clashes = None, 0
     ids = np.zeros(sys.maxunicode + 1, np.uint32)  # in the order in which they are first seen
-    size = 1
+    size = 1 + len(characters)
+    ids[np.frombuffer(characters.encode("utf-32-le"), "<u4")] = np.arange(1, size)
     blocks, lengths, complete = [], [], []
     iterator = iter(sequences)
     # In blocks, because a list of all the strings would outweigh the rows many times.
@@ -192,34 +192,137 @@ def encode(sequences, sentinel="\n", max_len=None):
     return Corpus(alphabet, max_len or longest, rows, np.concatenate(complete))
 
 
-def make_batch(corpus, steps=None):
-    """Turns a `Corpus` of a few sequences into what the network learns from.
+def make_lstm(units, **options):
+    """Makes a `keras.layers.LSTM` that returns sequences and can learn faster.
 
-    With `s` for the sentinel, the sequence `abc` becomes the inputs `sabc`
-    and the targets `abcs`.
+    Where its attribute `by_hand` is True, training steps use the gradient
+    that is worked out in `run_lstm`; they must then be compiled by XLA. All
+    else, and so the cuDNN kernel on a GPU, is Keras's.
 
     Args:
-        corpus: `Corpus`.
-        steps: int or None, how long the batch is; None makes it no longer
-            than its sequences need.
+        units, options: what `keras.layers.LSTM` takes.
+    """
+    from keras import layers, ops
+
+    class LSTM(layers.LSTM):
+        by_hand = False
+
+        def inner_loop(self, sequences, initial_state, mask, training=False):
+            if not (self.by_hand and training):
+                return super().inner_loop(sequences, initial_state, mask, training)
+            steps_first = ops.transpose(sequences, (1, 0, 2))
+            projected = ops.matmul(steps_first, self.cell.kernel) + self.cell.bias
+            hidden = run_lstm(projected, ops.convert_to_tensor(self.cell.recurrent_kernel))
+            hidden = ops.transpose(hidden, (1, 0, 2))
+            return hidden[:, -1], hidden, initial_state  # nobody asks for the last state
+
+    return LSTM(units, return_sequences=True, **options)
+
+
+def run_lstm(projected, recurrent_kernel):
+    """Runs an LSTM from a state of zeros, as `SequenceModel.step` does, differentiably.
+
+    The gradient is that of backpropagation through time (Werbos 1990). What
+    the compiler would find by itself adds each step's part to the gradient of
+    the recurrent kernel, which for wide layers is more memory traffic than all
+    else; here one product at the end makes the sum.
+
+    Args:
+        projected: float32 tensor `(steps, batch, 4 × units)`: the inputs times
+            the kernel, plus the bias.
+        recurrent_kernel: float32 tensor `(units, 4 × units)`.
 
     Returns:
-        Tuple `(inputs, targets, weights)`: one-hot inputs, a float32 array
-        `(sequences, steps, alphabet)`; target ids, an int32 array
-        `(sequences, steps)`; and a float32 array of the same shape that is 1
-        for a real target and 0 for padding.
+        Float32 tensor `(steps, batch, units)`: the outputs.
     """
-    targets = corpus.targets
-    steps = steps or targets.max()
-    padded = np.zeros((len(corpus), steps + 1), np.int32)
-    kept = min(steps, corpus.rows.shape[1])
-    padded[:, 1 : kept + 1] = corpus.rows[:, :kept]
-    one_hot = np.eye(len(corpus.alphabet), dtype=np.float32)
-    weights = np.arange(steps) < targets[:, None]
-    return one_hot[padded[:, :-1]], padded[:, 1:], weights.astype(np.float32)
+    from keras import ops
+
+    steps, batch, _ = projected.shape
+    units = recurrent_kernel.shape[0]
+
+    def get(array, step):
+        return ops.slice(array, (step, 0, 0), (1, *array.shape[1:]))[0]
+
+    def put(array, step, value):
+        return ops.slice_update(array, (step, 0, 0), value[None])
+
+    @ops.custom_gradient
+    def run(projected, recurrent_kernel):
+        nothing = ops.zeros((batch, units))
+
+        def forward(step, carry):
+            hidden, cell, hiddens, cells, gates = carry
+            total = get(projected, step) + ops.matmul(hidden, recurrent_kernel)
+            i, f, g, o = ops.split(total, 4, axis=1)
+            i, f, g, o = ops.sigmoid(i), ops.sigmoid(f), ops.tanh(g), ops.sigmoid(o)
+            cell = f * cell + i * g
+            hidden = o * ops.tanh(cell)
+            hiddens, cells = put(hiddens, step + 1, hidden), put(cells, step + 1, cell)
+            return hidden, cell, hiddens, cells, put(gates, step, ops.concatenate([i, f, g, o], 1))
+
+        states = ops.zeros((steps + 1, batch, units))  # before and after each step
+        gates = ops.zeros((steps, batch, 4 * units))
+        carry = nothing, nothing, states, states, gates
+        _, _, hiddens, cells, gates = ops.fori_loop(0, steps, forward, carry)
+
+        def gradient(*arguments, upstream=None):
+            upstream = arguments[0] if upstream is None else upstream
+            transposed = ops.transpose(recurrent_kernel)
+
+            def backward(done, carry):
+                to_hidden, to_cell, slopes = carry
+                step = steps - 1 - done
+                i, f, g, o = ops.split(get(gates, step), 4, axis=1)
+                output = ops.tanh(get(cells, step + 1))
+                to_hidden = to_hidden + get(upstream, step)
+                to_cell = to_cell + to_hidden * o * (1 - output * output)
+                slope = [
+                    to_cell * g * i * (1 - i),
+                    to_cell * get(cells, step) * f * (1 - f),
+                    to_cell * i * (1 - g * g),
+                    to_hidden * output * o * (1 - o),
+                ]
+                slope = ops.concatenate(slope, 1)
+                return ops.matmul(slope, transposed), to_cell * f, put(slopes, step, slope)
+
+            carry = nothing, nothing, ops.zeros_like(gates)
+            _, _, slopes = ops.fori_loop(0, steps, backward, carry)
+            before = ops.reshape(hiddens[:-1], (-1, units))
+            to_kernel = ops.matmul(ops.transpose(before), ops.reshape(slopes, (-1, 4 * units)))
+            return slopes, to_kernel
+
+        return hiddens[1:], gradient
+
+    return run(projected, recurrent_kernel)
 
 
-def build_network(alphabet_size, units, layers, dropout):
+def total_loss(network, rows, targets, training=False):
+    """Returns how badly a network predicts a batch: what it is trained to lower.
+
+    With `s` for the sentinel, the row `abc` is read as `sabc` and should be
+    predicted as `abcs`. Runs on any backend of Keras, compiled or not.
+
+    Args:
+        network: the Keras network.
+        rows: int tensor `(batch, steps)`: ids, padded with 0. `steps` is at
+            least the largest number in `targets`.
+        targets: int tensor `(batch,)`, as in `Corpus`: the steps of each row
+            that count. 0 makes a row count for nothing.
+        training: bool, whether dropout is on.
+
+    Returns:
+        Float32 scalar tensor: cross-entropy in nats, summed over all targets.
+    """
+    from keras import losses, ops
+
+    read = ops.pad(rows[:, :-1], [[0, 0], [1, 0]])
+    predicted = network(ops.one_hot(read, network.input_shape[-1]), training=training)
+    nats = losses.sparse_categorical_crossentropy(rows, predicted)
+    counts = ops.arange(ops.shape(rows)[1], dtype=targets.dtype) < targets[:, None]
+    return ops.sum(ops.where(counts, nats, 0.0))
+
+
+def build_network(alphabet_size, units, layers, dropout, seed=None):
     """Builds the Keras network, not compiled.
 
     One-hot `(batch, steps, alphabet)` → `layers` × [LSTM → Dropout] → softmax
@@ -232,18 +335,39 @@ def build_network(alphabet_size, units, layers, dropout):
         layers: int, how many there are.
         dropout: float between 0 and 1, the share of each layer's outputs
             that is dropped while training.
+        seed: int or None, makes the initial weights and the dropout repeatable.
 
     Returns:
         A `keras.Sequential`.
     """
     from keras import Input, Sequential
-    from keras.layers import LSTM, Dense, Dropout
+    from keras.initializers import GlorotUniform, Orthogonal
+    from keras.layers import Dense, Dropout
+
+    rng = np.random.default_rng(seed)
+
+    def draw():
+        # keras.utils.set_random_seed would import TensorFlow on every backend.
+        return int(rng.integers(2**31))
 
     network = Sequential([Input((None, alphabet_size), name="characters")], name=METADATA)
     for layer in range(1, layers + 1):
-        network.add(LSTM(units, return_sequences=True, name=f"lstm_{layer}"))
-        network.add(Dropout(dropout, name=f"dropout_{layer}"))
-    network.add(Dense(alphabet_size, activation="softmax", name="next_character"))
+        lstm = make_lstm(
+            units,
+            kernel_initializer=GlorotUniform(draw()),
+            recurrent_initializer=Orthogonal(seed=draw()),
+            seed=draw(),
+            name=f"lstm_{layer}",
+        )
+        network.add(lstm)
+        network.add(Dropout(dropout, seed=draw(), name=f"dropout_{layer}"))
+    dense = Dense(
+        alphabet_size,
+        activation="softmax",
+        kernel_initializer=GlorotUniform(draw()),
+        name="next_character",
+    )
+    network.add(dense)
     return network
 
 
@@ -601,6 +725,28 @@ def printable(text):
     )
 
 
+def describe_progress(count, total, seconds):
+    """Returns a line, a str, about work of which so much is done after some time.
+
+    Args:
+        count: int, how much is done.
+        total: int or None, how much there is to do, if that is known.
+        seconds: float, how long it took.
+    """
+    rate = count / seconds
+    if not total:
+        return f"{count:,} so far, {rate:,.0f} a second"
+    bar = "#" * (20 * count // total)
+    left = describe_time((total - count) / rate)
+    return f"[{bar:-<20}] {count:,} of {total:,}, {rate:,.0f} a second, {left} left"
+
+
+def describe_time(seconds):
+    """Returns a str such as 1:05:09 for so many seconds."""
+    seconds = round(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
 def save(path, network, weights, metadata, training_state=()):
     """Writes a model's file: all of it or, should anything fail, nothing.
 
@@ -622,9 +768,6 @@ def save(path, network, weights, metadata, training_state=()):
     """
     import keras
 
-    config = network.get_config()
-    for layer in config["layers"]:
-        layer["config"] = {key: value for key, value in layer["config"].items() if key in ESSENTIAL}
     training_config = {
         "loss": network.loss,
         "loss_weights": None,
@@ -641,7 +784,7 @@ def save(path, network, weights, metadata, training_state=()):
         for place in (file, group):
             place.attrs["keras_version"] = keras.__version__
             place.attrs["backend"] = keras.backend.backend()
-        file.attrs["model_config"] = json.dumps({"class_name": "Sequential", "config": config})
+        file.attrs["model_config"] = json.dumps(_describe_network(network))
         file.attrs["training_config"] = json.dumps(training_config)
         text = json.dumps({"format": FORMAT, **metadata}, ensure_ascii=False)
         file.attrs[METADATA] = np.bytes_(text.encode())
@@ -656,6 +799,22 @@ def save(path, network, weights, metadata, training_state=()):
             file[f"{TRAINING_STATE}/{index}"] = value
     with replacing(path) as file:
         file.write(content.getbuffer())
+
+
+def _describe_network(network):
+    # Keras's own get_config() imports TensorFlow on every backend, and says things
+    # that another version of Keras 3 would not know. What is left out is its default.
+    configs = [("InputLayer", {"name": "characters", "batch_shape": network.input_shape})]
+    for layer in network.layers:
+        names = ("name", "units", "return_sequences", "rate")
+        config = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
+        configs.append((type(layer).__name__, config))
+    configs[-1][1]["activation"] = "softmax"
+    layers = [
+        {"module": "keras.layers", "class_name": name, "config": config, "registered_name": None}
+        for name, config in configs
+    ]
+    return {"class_name": "Sequential", "config": {"name": network.name, "layers": layers}}
 
 
 @contextlib.contextmanager

@@ -646,7 +646,7 @@ def watch(results, total=None):
             now = time.monotonic()
             if now >= due:
                 due = now + pause
-                shown = describe(count, total, now - start)
+                shown = model.describe_progress(count, total, now - start)
                 with contextlib.suppress(OSError):  # the work goes on if nobody watches any more
                     if terminal:
                         shown = shown[: os.get_terminal_size(sys.stderr.fileno()).columns - 1]
@@ -661,19 +661,6 @@ def watch(results, total=None):
         if width and terminal:
             with contextlib.suppress(OSError):
                 print("\r" + " " * width, end="  \r", file=sys.stderr, flush=True)  # and ^C
-
-
-def describe(count, total, seconds):
-    """Returns a line, a str, about so many results of a total, or of no known one, so far."""
-    rate = count / seconds
-    if not total:
-        return f"{count:,} so far, {rate:,.0f} a second"
-    left = round((total - count) / rate)
-    bar = "#" * (20 * count // total)
-    return (
-        f"[{bar:-<20}] {count:,} of {total:,}, {rate:,.0f} a second, "
-        f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-    )
 
 
 def make_finder(args, trained, known, warn, escape):

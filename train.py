@@ -1,7 +1,7 @@
 """Learns to write sequences like those in a file and saves what it learned as an `.h5`."""
 
 import argparse
-import contextlib
+import gc
 import hashlib
 import itertools
 import math
@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 
 import numpy as np
 
@@ -30,6 +31,7 @@ NOTHING_SAVED = "nothing new was saved"
 stop_requested = threading.Event()
 
 
+UNITS, LAYERS, SENTINEL = 128, 2, "\n"
 # What makes two runs the same run: a file is continued only if all of it agrees.
 SETTINGS = (
     "max_len",
@@ -78,9 +80,8 @@ def parse_arguments(arguments=None):
     data.add_argument(
         "--sentinel",
         type=one_character,
-        default="\n",
         help="a character that no sequence contains, to mark where they end "
-        r"(default: the newline, '\n')",
+        r"(default: the newline, '\n', or that of --init_from)",
     )
     data.add_argument(
         "--validation_split",
@@ -91,8 +92,16 @@ def parse_arguments(arguments=None):
     )
 
     network = parser.add_argument_group("network")
-    network.add_argument("--units", type=many, default=128, help="width of each LSTM layer")
-    network.add_argument("--layers", type=many, default=2, help="LSTM layers")
+    network.add_argument(
+        "--units",
+        type=many,
+        help=f"width of each LSTM layer (default: {UNITS}, or those of --init_from)",
+    )
+    network.add_argument(
+        "--layers",
+        type=many,
+        help=f"LSTM layers (default: {LAYERS}, or those of --init_from)",
+    )
     network.add_argument(
         "--dropout",
         type=within(float, 0, 0.9),
@@ -118,8 +127,17 @@ def parse_arguments(arguments=None):
         "--seed", type=within(int, 0, 2**32 - 1), default=0, help="makes a run repeatable"
     )
 
-    file = parser.add_argument_group("file")
+    file = parser.add_argument_group("files")
     file.add_argument("--save_path", default="incognito_model.h5", help="where the model is kept")
+    file.add_argument(
+        "--init_from",
+        help="a model to start from instead of from nothing; characters that it does not know "
+        "are added (default: none)",
+    )
+    file.add_argument(
+        "--log_dir",
+        help="a folder for losses.csv and for what TensorBoard shows (default: none)",
+    )
     file.add_argument(
         "--overwrite", action="store_true", help="start over if there is such a file already"
     )
@@ -133,8 +151,54 @@ def one_character(text):
     return text
 
 
-def read_corpus(args):
+def read_source(args):
+    """Reads the model at `--init_from` and lets it decide what the command line leaves open.
+
+    Args:
+        args: the command line. Its `units`, `layers` and `sentinel` are set
+            if they are None.
+
+    Returns:
+        `SequenceModel`, or None without that flag.
+
+    Raises:
+        UserError: if it can't be read, or can't become what the flags ask for.
+    """
+    source, found = None, {"units": UNITS, "layers": LAYERS}
+    sentinel = SENTINEL
+    if args.init_from is not None:
+        try:
+            source, found = model.load(args.init_from)
+        except OSError as error:
+            raise UserError(
+                f"--init_from: can't read {args.init_from}: {error.strerror}; name a model's file"
+            ) from None
+        except ValueError as error:
+            raise UserError(f"--init_from: {error}") from None
+        sentinel = source.alphabet.sentinel
+    for name in ("units", "layers"):
+        asked = getattr(args, name)
+        if source and asked not in (None, found[name]):
+            raise UserError(
+                f"--{name}: {args.init_from} has {found[name]}; leave the flag away to keep them"
+            )
+        setattr(args, name, found[name] if asked is None else asked)
+    if args.sentinel is None:
+        args.sentinel = sentinel
+    elif source and args.sentinel in source.alphabet.symbols[1:]:
+        raise UserError(
+            f"--sentinel: to {args.init_from} {args.sentinel!r} is a character like others; "
+            f"leave the flag away to keep its sentinel, {sentinel!r}"
+        )
+    return source
+
+
+def read_corpus(args, characters=""):
     """Reads and encodes the data that the command line names.
+
+    Args:
+        args: the command line.
+        characters: str, those that the alphabet has anyway.
 
     Returns:
         `model.Corpus`.
@@ -144,23 +208,23 @@ def read_corpus(args):
     """
     loader = LOADERS[args.loader_class](args.sequence_path, max_sequences=args.num_sequences)
     try:
-        return model.encode(loader, args.sentinel, args.max_len)
+        return model.encode(loader, args.sentinel, args.max_len, characters)
     except OSError as error:
         raise UserError(
             f"--sequence_path: can't read {args.sequence_path}: {error.strerror}; "
             "name a file with your sequences"
         ) from None
     except model.SentinelError as error:
-        raise UserError(explain_sentinel(args, loader, error)) from None
+        raise UserError(explain_sentinel(args, loader, error, characters)) from None
     except ValueError as error:
         raise UserError(f"--sequence_path: {error}") from None
 
 
-def explain_sentinel(args, loader, error):
+def explain_sentinel(args, loader, error, characters):
     """Returns what to tell the user about a `model.SentinelError` in a loader's data."""
     where, such_as = f"sequence {error.first + 1}", ""
     if os.path.isfile(args.sequence_path):  # what came through a pipe can't be read again
-        used = set(itertools.chain.from_iterable(loader))
+        used = {*characters, *itertools.chain.from_iterable(loader)}
         next(itertools.islice(loader, error.first, None))
         candidates = itertools.chain(" |~^_", filter(str.isprintable, map(chr, range(33, 0xD800))))
         free = next(character for character in candidates if character not in used)
@@ -182,15 +246,16 @@ def split(corpus, fraction, seed):
         seed: int.
 
     Returns:
-        Tuple `(training, held_out)` of two `model.Corpus`. The second is
-        empty if that share is less than one sequence; the first never is.
+        Tuple `(training, held_out)` of two int arrays, the indices of their
+        sequences. The second is empty if that share is less than one
+        sequence; the first never is.
     """
     kinds = number_kinds(corpus.rows)
     distinct = kinds.max() + 1
     count = min(round(fraction * distinct), distinct - 1)
     chosen = np.random.default_rng(seed).permutation(distinct)[:count]
     held_out = np.isin(kinds, chosen)
-    return corpus.subset(np.flatnonzero(~held_out)), corpus.subset(np.flatnonzero(held_out))
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
 def number_kinds(rows):
@@ -214,51 +279,91 @@ def number_kinds(rows):
     return kinds
 
 
-def make_dataset(corpus, batch_size):
-    """Makes the `keras.utils.PyDataset` that feeds a corpus to Keras.
+def choose_steps(args, characters, length):
+    """Chooses how many training steps one call of the compiled network makes.
 
-    The weights that it gives the targets make Keras's running mean of the
-    losses of an epoch's batches exactly the mean over all real targets:
-    Keras divides the weighted sum in a batch by its size × its steps, and
-    weights batches by their size, so each real target gets the weight
-    steps ÷ (targets a sequence has on average in the whole corpus).
+    Enough that what a call costs in Python is lost in the work, few enough
+    that the progress bar and Ctrl-C are not kept waiting.
+
+    Args:
+        args: the command line.
+        characters: int, how many the alphabet has.
+        length: int, how many steps the longest sequence takes.
+
+    Returns:
+        Tuple `(operations, steps)` of two ints: what a training step takes
+        at most, and how many to make a call.
+    """
+    weights = 4 * args.units * (characters + (2 * args.layers - 1) * args.units)
+    # A multiplication and an addition a weight and step, and twice that on the way back.
+    operations = 6 * weights * args.batch_size * length
+    return operations, max(1, min(64, 2 * 10**11 // operations))
+
+
+def make_calls(corpus, chosen, batch_size, steps, lengths=None, seed=None):
+    """Cuts sequences into batches, and batches into calls of the compiled network.
+
+    Which sequences make a batch is random, so that each is a fair sample;
+    padding is kept low by what leaves it one: a call gets batches whose
+    longest sequences are about equally long, and a large batch comes in
+    several parts, the shortest sequences in the first, each part as long as
+    it needs to be.
 
     Args:
         corpus: `model.Corpus`.
+        chosen: int array, the indices of the sequences to take.
         batch_size: int.
+        steps: int, how many batches a call gets.
+        lengths: sorted int array or None, the lengths that a part may be
+            padded to, where each new one costs a compilation; None allows all.
+        seed: what `numpy.random.default_rng` takes, to shuffle the sequences
+            and the calls; None leaves the sequences as they are.
 
-    Returns:
-        The dataset. It keeps the corpus's order until its `shuffle` is called.
+    Yields:
+        Tuple `(parts, count)`: a tuple of pairs `(rows, targets)`, the ids of
+        each part, an int array `(steps, part of the batch, length)`, and how
+        many targets each sequence gives, an int32 array `(steps, part of the
+        batch)`; and how many of the batches are real. Rows that are not, in
+        those or in the last real one, have no targets.
     """
-    from keras.utils import PyDataset
+    rng = None if seed is None else np.random.default_rng(seed)
+    order = chosen if rng is None else rng.permutation(chosen)
+    count = math.ceil(len(order) / batch_size)
+    steps = min(steps, count)
+    order = np.append(order, np.zeros(count * batch_size - len(order), int))
+    order = order.reshape(count, batch_size)
+    targets = corpus.targets[order].astype(np.int32)
+    targets.ravel()[len(chosen) :] = 0
+    ranking = np.argsort(targets, axis=1, kind="stable")
+    order, targets = (np.take_along_axis(array, ranking, axis=1) for array in (order, targets))
+    ranking = np.argsort(targets[:, -1], kind="stable")
+    calls = [ranking[start : start + steps] for start in range(0, count, steps)]
+    if rng is not None:
+        calls = [rng.permutation(calls[index]) for index in rng.permutation(len(calls))]
+    for batches in calls:
+        parts = []
+        for columns in np.array_split(np.arange(batch_size), max(1, min(4, batch_size // 64))):
+            part = np.ix_(batches, columns)
+            goals = np.zeros((steps, len(columns)), np.int32)
+            goals[: len(batches)] = targets[part]
+            length = max(1, goals.max())
+            if lengths is not None:
+                length = lengths[np.searchsorted(lengths, length)]
+            rows = np.zeros((*goals.shape, length), corpus.rows.dtype)
+            kept = corpus.rows[order[part], :length]
+            rows[: len(batches), :, : kept.shape[2]] = kept
+            parts.append((rows, goals))
+        yield tuple(parts), len(batches)
 
-    class Dataset(PyDataset):
-        def __init__(self):
-            super().__init__()
-            self.order = np.arange(len(corpus))
-            targets = corpus.targets
-            self.targets_per_sequence = targets.mean()
-            self.longer_than_any = targets.max() + 1
 
-        def shuffle(self, seed):
-            self.order = np.random.default_rng(seed).permutation(len(corpus))
+def describe(args, corpus, source):
+    """Returns the metadata of a run that has not begun: a dict for `model.save`.
 
-        def __len__(self):
-            return math.ceil(len(corpus) / batch_size)
-
-        def __getitem__(self, index):
-            chosen = self.order[index * batch_size : (index + 1) * batch_size]
-            # On TensorFlow, Keras takes a length that the first two batches
-            # share for that of all; so they must differ, if only in padding.
-            steps = self.longer_than_any if index == 0 else None
-            inputs, targets, weights = model.make_batch(corpus.subset(chosen), steps)
-            return inputs, targets, weights * (weights.shape[1] / self.targets_per_sequence)
-
-    return Dataset()
-
-
-def describe(args, corpus):
-    """Returns the metadata of a run that has not begun: a dict for `model.save`."""
+    Args:
+        args: the command line.
+        corpus: `model.Corpus`.
+        source: `SequenceModel` or None, the model that the run starts from.
+    """
     fingerprint = hashlib.sha256(corpus.alphabet.symbols.encode())
     fingerprint.update(corpus.rows)
     fingerprint.update(corpus.complete)
@@ -270,9 +375,18 @@ def describe(args, corpus):
         "loader_class": args.loader_class,
         "data": {"sequences": len(corpus), "sha256": fingerprint.hexdigest()},
         "settings": {name: getattr(args, name) for name in SETTINGS},
+        "init_from": source and hash_arrays(source.weights),
         "epochs": args.epochs,
         "history": {"loss": [], "val_loss": []},
     }
+
+
+def hash_arrays(arrays):
+    """Returns a str that other arrays would not give."""
+    fingerprint = hashlib.sha256()
+    for array in arrays:
+        fingerprint.update(np.ascontiguousarray(array))
+    return fingerprint.hexdigest()
 
 
 def find_earlier_run(args, metadata):
@@ -291,7 +405,8 @@ def find_earlier_run(args, metadata):
     """
     path = args.save_path
     try:
-        model.check_target(path, {"--sequence_path": args.sequence_path})
+        inputs = {"--sequence_path": args.sequence_path, "--init_from": args.init_from}
+        model.check_target(path, inputs)
     except ValueError as error:
         raise UserError(f"--save_path: {error}") from None
     if args.overwrite or not os.path.lexists(path):
@@ -318,7 +433,9 @@ def find_difference(found, metadata):
         now, then = metadata["settings"][name], settings.get(name)
         if now != then:
             return f"was trained with --{name} {then!r}, not {now!r}"
-    return None if metadata["data"] == found.get("data") else "was trained on other data"
+    if metadata["data"] != found.get("data"):
+        return "was trained on other data"
+    return None if metadata["init_from"] == found.get("init_from") else "started from another model"
 
 
 def is_history(value):
@@ -346,44 +463,66 @@ def import_keras():
 
     Returns:
         The module `keras`.
+
+    Raises:
+        UserError: if Keras is set to a backend that is missing or of no use.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
     with tempfile.TemporaryFile() as messages:
         stderr = os.dup(2)
         os.dup2(messages.fileno(), 2)
+        # What an import leaves is there to stay: to search it for garbage, again and again
+        # and once more at the exit, takes a third of the time.
+        gc.disable()
         try:
             import keras
 
-            with contextlib.suppress(ImportError):
-                import tensorflow  # noqa: F401 - on any backend, Keras would later
+            if keras.backend.backend() == "tensorflow":
+                import tensorflow as tf
+
+                tf.config.list_physical_devices()  # has messages of its own
+            gc.freeze()
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"Keras needs the package {error.name!r}: install it, or unset KERAS_BACKEND"
+            ) from None
         except Exception:
             if not stop_requested.is_set():
                 messages.seek(0)
                 os.write(stderr, messages.read())
             raise
         finally:
+            gc.enable()
             os.dup2(stderr, 2)
             os.close(stderr)
+    if keras.backend.backend() not in COMPILERS:
+        raise UserError(
+            f"Keras is set to the backend {keras.backend.backend()}; "
+            f"set KERAS_BACKEND to {' or '.join(COMPILERS)}"
+        )
     return keras
 
 
-def prepare_network(args, training, steps):
+def prepare_network(args, corpus, training, steps, source=None):
     """Builds and compiles the Keras network and its optimizer.
 
     Args:
         args: the command line.
-        training: `model.Corpus`.
+        corpus: `model.Corpus`.
+        training: int array, the indices of the sequences that are learned.
         steps: int, how many training steps all epochs take together.
+        source: `SequenceModel` or None, whose weights to start from.
 
     Returns:
-        A `keras.Sequential` that has learned nothing but how frequent each
-        character is.
+        A `keras.Sequential` that knows what `source` does or, without one,
+        nothing but how frequent each character is.
     """
     import keras
 
-    keras.utils.set_random_seed(args.seed)
-    network = model.build_network(len(training.alphabet), args.units, args.layers, args.dropout)
+    network = model.build_network(
+        len(corpus.alphabet), args.units, args.layers, args.dropout, args.seed
+    )
     rate = keras.optimizers.schedules.CosineDecay(args.learning_rate, steps)
     network.compile(
         optimizer=keras.optimizers.Adam(rate, global_clipnorm=1.0),
@@ -393,31 +532,175 @@ def prepare_network(args, training, steps):
     # The softmax starts from the frequencies of the targets: a good place to learn
     # from, and what never is one (the end, if all sequences were cut) stays unlikely.
     counts = sum(
-        np.bincount(column, minlength=len(training.alphabet)) for column in training.rows.T
+        np.bincount(column[training], minlength=len(corpus.alphabet)) for column in corpus.rows.T
     )
-    counts[0] = np.count_nonzero(training.complete)
-    network.layers[-1].bias.assign(np.log((counts + 0.5) / counts.sum()))
+    counts[0] = np.count_nonzero(corpus.complete[training])
+    bias = np.log((counts + 0.5) / counts.sum())
+    weights = network.get_weights()
+    weights[-1] = bias
+    if source:
+        weights = extend_weights(weights, corpus.alphabet, source)
+    network.set_weights(weights)
     return network
 
 
-def fit(args, metadata, training, held_out, best, state):
+def extend_weights(weights, alphabet, source):
+    """Gives a model's weights room for an alphabet that holds more than its own.
+
+    Characters that the model knows keep their odds among each other after
+    any beginning, since a softmax only shares out anew what a new one takes.
+
+    Args:
+        weights: list of float32 arrays as `get_weights()` gives them, of a
+            network of that alphabet whose last bias is the logarithm of each
+            character's frequency: what new characters start from.
+        alphabet: `Alphabet`, with at least the characters of the model's.
+        source: `SequenceModel`.
+
+    Returns:
+        List of float32 arrays, of the shapes of `weights`.
+    """
+    known = np.array([0, *alphabet.encode(source.alphabet.symbols[1:])])
+    kernel, *lstm, dense, bias = source.weights
+    kernel, weights[0][known] = weights[0], kernel
+    extended = np.zeros_like(weights[-2])
+    extended[:, known] = dense
+    offsets = weights[-1] + np.log(np.exp(bias, dtype=np.float64).sum())
+    offsets[known] = bias
+    return [kernel, *lstm, extended, offsets.astype(np.float32)]
+
+
+def differentiate_by_hand(network, choice):
+    """Sets whether a network's layers use `model.run_lstm` to learn, a bool."""
+    for layer in network.layers:
+        if hasattr(layer, "by_hand"):
+            layer.by_hand = choice
+
+
+def compile_for_tensorflow(network, scale):
+    """Makes the functions that train and evaluate a network on TensorFlow.
+
+    Args:
+        network: the compiled Keras network.
+        scale: float, what a step multiplies its loss with.
+
+    Returns:
+        Tuple `(learn, evaluate, fixed)`: two functions from what `make_calls`
+        yields to the sum of all losses, unscaled, of which the first also
+        makes a training step a batch; and whether each length of the rows
+        costs a compilation.
+    """
+    import tensorflow as tf
+
+    # XLA makes one program of it all. Narrow layers gain most from that, wide ones a little;
+    # those in between are as fast or faster without. On a GPU, an LSTM is one call of
+    # cuDNN, of which XLA knows nothing.
+    narrow_or_wide = not 64 < network.layers[0].units < 256
+    xla = narrow_or_wide and not tf.config.list_physical_devices("GPU")
+    differentiate_by_hand(network, xla)
+    variables = network.trainable_variables
+
+    def learn_batch(parts):
+        with tf.GradientTape() as tape:
+            loss = sum(model.total_loss(network, *part, training=True) for part in parts)
+            scaled = loss * scale
+        network.optimizer.apply(tape.gradient(scaled, variables), variables)
+        return loss
+
+    def evaluate_batch(parts):
+        return sum(model.total_loss(network, *part) for part in parts)
+
+    def compiled(function, xla):
+        def call(parts, count):
+            def body(step, total):
+                return step + 1, total + function([(r[step], t[step]) for r, t in parts])
+
+            return tf.while_loop(lambda step, total: step < count, body, (0, 0.0))[1]
+
+        call = tf.function(call, jit_compile=xla, reduce_retracing=True)
+        return lambda *batches: float(call(*tf.nest.map_structure(tf.constant, batches)))
+
+    # Without a way back there is too little work for a compilation to pay.
+    return compiled(learn_batch, xla), compiled(evaluate_batch, False), xla
+
+
+def compile_for_jax(network, scale):
+    """Does on JAX, which always compiles, what `compile_for_tensorflow` does there."""
+    import jax
+    from keras import StatelessScope
+
+    differentiate_by_hand(network, jax.default_backend() == "cpu")
+
+    groups = (
+        network.trainable_variables,
+        network.non_trainable_variables,
+        network.optimizer.variables,
+    )
+
+    def loss_of(trainable, others, parts, training):
+        mapping = [*zip(groups[0], trainable), *zip(groups[1], others)]
+        with StatelessScope(state_mapping=mapping) as scope:
+            loss = sum(model.total_loss(network, *part, training) for part in parts)
+        return loss * scale, (loss, [scope.get_current_value(each) for each in groups[1]])
+
+    def learn_batch(state, parts):
+        trainable, others, slots = state
+        gradient = jax.grad(loss_of, has_aux=True)
+        gradients, (loss, others) = gradient(trainable, others, parts, True)
+        trainable, slots = network.optimizer.stateless_apply(slots, gradients, trainable)
+        return (trainable, others, slots), loss
+
+    def evaluate_batch(state, parts):
+        return state, loss_of(*state[:2], parts, False)[1][0]
+
+    def compiled(function):
+        def call(state, parts, count):
+            def body(step, carry):
+                state, total = carry
+                state, loss = function(state, [(r[step], t[step]) for r, t in parts])
+                return state, total + loss
+
+            return jax.lax.fori_loop(0, count, body, (state, 0.0))
+
+        call = jax.jit(call)
+
+        def update(parts, count):
+            state = tuple([variable.value for variable in group] for group in groups)
+            state, total = call(state, parts, count)
+            for variables, values in zip(groups, state):
+                for variable, value in zip(variables, values):
+                    variable.assign(value)
+            return float(total)
+
+        return update
+
+    return compiled(learn_batch), compiled(evaluate_batch), True
+
+
+COMPILERS = {"tensorflow": compile_for_tensorflow, "jax": compile_for_jax}
+
+
+def fit(args, metadata, corpus, training, held_out, source, earlier):
     """Trains, saving after each epoch.
 
     Args:
         args: the command line.
         metadata: this run's, from `describe`; its history grows.
-        training, held_out: `model.Corpus`, as `split` returns them.
-        best, state: the best weights so far and the training state, as
-            `find_earlier_run` returns them.
+        corpus: `model.Corpus`.
+        training, held_out: int arrays, as `split` returns them.
+        source: `SequenceModel` or None, whose weights to start from.
+        earlier: tuple `(weights, state)`, the best weights so far and the
+            training state; or None if this run begins.
 
     Raises:
         UserError: if the loss stops being a number, the file can't be
             written, or the earlier run's state can't be taken up.
     """
     keras = import_keras()
-    dataset = make_dataset(training, args.batch_size)
-    network = prepare_network(args, training, args.epochs * len(dataset))
+    batches = math.ceil(len(training) / args.batch_size)
+    network = prepare_network(args, corpus, training, args.epochs * batches, source)
     variables = network.variables + network.optimizer.variables
+    best, state = earlier or (None, [])
     if state:
         if [array.shape for array in state] != [tuple(variable.shape) for variable in variables]:
             raise UserError(
@@ -430,23 +713,36 @@ def fit(args, metadata, training, held_out, best, state):
     history = metadata["history"]
     print(f"Network: {args.layers} × LSTM({args.units}), {network.count_params():,} parameters")
 
-    def begin_batch(batch, logs):
-        if stop_requested.is_set():
-            raise KeyboardInterrupt
+    targets = corpus.targets
+    # Every target weighs the same, whichever batch it is in.
+    scale = 1 / (args.batch_size * targets[training].mean())
+    compiler = COMPILERS[keras.backend.backend()]
+    longest = targets.max()
+    learn, evaluate, fixed = compiler(network, scale)
+    operations, steps = choose_steps(args, len(corpus.alphabet), longest)
+    # One length a few seconds of work, because to compile for one takes seconds.
+    choices = 1 + min(7, args.epochs * batches * operations // 10**12)
+    lengths = np.unique(np.ceil(longest * 0.8 ** np.arange(choices)).astype(int)) if fixed else None
 
-    def begin_epoch(epoch, logs):
-        dataset.shuffle((args.seed, epoch))
-
-    def end_epoch(epoch, logs):
-        nonlocal best
-        if not all(map(math.isfinite, logs.values())):
+    log = open_log(args.log_dir, history) if args.log_dir else None
+    first, begun = len(history["loss"]), time.monotonic()
+    for epoch in range(first, args.epochs):
+        title = f"Epoch {epoch + 1}/{args.epochs}"
+        seed = (args.seed, epoch)
+        start = time.monotonic()
+        calls = make_calls(corpus, training, args.batch_size, steps, lengths, seed)
+        losses = {"loss": pass_over(learn, calls, title, len(training))}
+        rate = len(training) / (time.monotonic() - start)
+        if len(held_out):
+            calls = make_calls(corpus, held_out, args.batch_size, steps, lengths)
+            losses["val_loss"] = pass_over(evaluate, calls, title + ", validation", len(held_out))
+        if not all(map(math.isfinite, losses.values())):
             raise UserError(
                 f"the loss of epoch {epoch + 1} is not a number any more; try a --learning_rate "
                 f"below {args.learning_rate}, in another --save_path or with --overwrite"
             )
-        for name, losses in history.items():
-            if name in logs:
-                losses.append(logs[name])
+        for name, loss in losses.items():
+            history[name].append(loss)
         weights = network.get_weights()
         if epochs_since_best(history) == 0:
             best = weights
@@ -458,26 +754,130 @@ def fit(args, metadata, training, held_out, best, state):
                 f"--save_path: can't write {args.save_path}: {error.strerror}; "
                 "the epochs before this one are kept if there were any"
             ) from None
-        current = SequenceModel(training.alphabet, metadata["max_len"], weights)
-        invented = current.sample(count=8, seed=(args.seed, epoch))
-        print("invented: " + "  ".join(map(model.printable, invented)))
+        left = (time.monotonic() - begun) / (epoch + 1 - first) * (args.epochs - epoch - 1)
+        figures = [f"{name}: {loss:.4f}" for name, loss in losses.items()]
+        figures += [f"{rate:,.0f} sequences/s", f"{model.describe_time(left)} left"]
+        print(" - ".join([title, *figures]))
+        current = SequenceModel(corpus.alphabet, metadata["max_len"], weights)
+        show_invented(current.sample(count=8, seed=seed), corpus, training)
+        if log:
+            log()
         if args.patience and epochs_since_best(history) >= args.patience:
-            network.stop_training = True
+            break
 
-    network.fit(
-        dataset,
-        validation_data=make_dataset(held_out, args.batch_size) if len(held_out) else None,
-        initial_epoch=len(history["loss"]),
-        epochs=args.epochs,
-        shuffle=False,  # Keras's own order could not be continued; the dataset has one that can
-        callbacks=[
-            keras.callbacks.ProgbarLogger(),  # first, so that its line ends before ours begins
-            keras.callbacks.LambdaCallback(
-                begin_epoch, end_epoch, on_train_batch_begin=begin_batch
-            ),
-        ],
-        verbose=1 if sys.stdout.isatty() else 2,
-    )
+
+def pass_over(function, calls, title, total):
+    """Calls a compiled function on all batches of an epoch and shows how far it is.
+
+    Args:
+        function: as `compile_for_tensorflow` makes it.
+        calls: what `make_calls` yields.
+        title: str, what is shown before the progress.
+        total: int, how many sequences there are.
+
+    Returns:
+        Float, the mean loss of a target in nats. Not finite as soon as one
+        call's is not.
+    """
+    terminal = sys.stdout.isatty()
+    pause = 0.2 if terminal else 60
+    start = time.monotonic()
+    due = start + pause
+    width = len(title)
+    if terminal:
+        print(end=title, flush=True)
+    nats = targets = done = 0
+    for parts, count in calls:
+        if stop_requested.is_set():
+            raise KeyboardInterrupt
+        nats += function(parts, count)
+        if not math.isfinite(nats):
+            break
+        targets += sum(int(goals.sum()) for _, goals in parts)
+        done += sum(np.count_nonzero(goals) for _, goals in parts)
+        now = time.monotonic()
+        if now >= due:
+            due = now + pause
+            progress = model.describe_progress(done, total, now - start)
+            shown = f"{title} {progress} - loss: {nats / targets:.4f}"
+            if terminal:
+                shown = shown[: os.get_terminal_size(sys.stdout.fileno()).columns - 1]
+                width = max(width, len(shown))
+            print(end="\r" + shown.ljust(width) if terminal else shown + "\n", flush=True)
+    if terminal:
+        print(end="\r" + " " * width + "\r", flush=True)
+    return nats / targets if targets else nats
+
+
+def show_invented(texts, corpus, training):
+    """Prints invented sequences: first the new ones, then those in the training data.
+
+    Args:
+        texts: iterable of str, of characters of the alphabet.
+        corpus: `model.Corpus`.
+        training: int array, the indices of the sequences that were learned.
+    """
+    groups = {"new": [], "known": []}
+    for text in texts:
+        row = np.zeros(max(len(text), corpus.rows.shape[1]), corpus.rows.dtype)
+        row[: len(text)] = corpus.alphabet.encode(text)
+        known = any(
+            (corpus.rows[training[start : start + 65536]] == row).all(axis=1).any()
+            for start in range(0, len(training), 65536)
+            if len(row) == corpus.rows.shape[1]
+        )
+        groups["known" if known else "new"].append(model.printable(text))
+    for name, found in groups.items():
+        if found:
+            print(f"invented, {name}: " + "  ".join(found))
+
+
+def open_log(folder, history):
+    """Begins to log losses for people to watch.
+
+    Args:
+        folder: str, where the event file for TensorBoard and `losses.csv` go;
+            it exists.
+        history: dict, as in the metadata; what it holds already is logged.
+
+    Returns:
+        A function that logs what the history has gained since the last call.
+
+    Raises:
+        UserError: here and there, if the files can't be written.
+    """
+    import tensorflow as tf  # on any backend
+
+    # An event file is a file of TensorFlow records, so TensorBoard itself isn't needed.
+    Event, Summary = tf.compat.v1.Event, tf.compat.v1.Summary
+    path = os.path.join(folder, f"events.out.tfevents.{time.time():.0f}.{os.getpid()}")
+    written = 0
+    try:
+        events = tf.io.TFRecordWriter(path)
+        events.write(Event(file_version="brain.Event:2", wall_time=time.time()).SerializeToString())
+    except tf.errors.OpError as error:
+        raise UserError(f"--log_dir: can't write {path}: {error.message}") from None
+
+    def log():
+        nonlocal written
+        names = [name for name, losses in history.items() if losses]
+        epochs = list(zip(*(history[name] for name in names)))
+        try:
+            for epoch, losses in enumerate(epochs[written:], start=written + 1):
+                values = [Summary.Value(tag=n, simple_value=v) for n, v in zip(names, losses)]
+                event = Event(step=epoch, wall_time=time.time(), summary=Summary(value=values))
+                events.write(event.SerializeToString())
+            events.flush()
+            with model.replacing(os.path.join(folder, "losses.csv")) as file:
+                file.write(",".join(["epoch", *names]).encode() + b"\n")
+                for epoch, losses in enumerate(epochs, start=1):
+                    file.write(",".join([str(epoch), *map(repr, losses)]).encode() + b"\n")
+        except (OSError, tf.errors.OpError) as error:
+            raise UserError(f"--log_dir: can't write to {folder}: {error}") from None
+        written = len(epochs)
+
+    log()
+    return log
 
 
 def run(args):
@@ -486,25 +886,34 @@ def run(args):
     Raises:
         UserError: as the functions above do.
     """
-    corpus = read_corpus(args)
-    metadata = describe(args, corpus)
+    source = read_source(args)
+    corpus = read_corpus(args, source.alphabet.symbols[1:] if source else "")
+    metadata = describe(args, corpus, source)
     earlier = find_earlier_run(args, metadata)
+    if args.log_dir is not None:
+        try:
+            os.makedirs(args.log_dir, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--log_dir: can't make {args.log_dir}: {error.strerror}; name a folder"
+            ) from None
     training, held_out = split(corpus, args.validation_split, args.seed)
     print(
         f"Read {len(corpus):,} sequences, {np.count_nonzero(corpus.rows):,} characters, "
         f"{len(corpus.alphabet) - 1:,} different, from {args.sequence_path}"
     )
+    if source:
+        added = len(corpus.alphabet) - len(source.alphabet)
+        print(f"Starting from {args.init_from}, which gains {added:,} characters")
     if not corpus.complete.all():
         print(
             f"Cut to {metadata['max_len']} characters, because they were longer: "
             f"{np.count_nonzero(~corpus.complete):,} (--max_len)"
         )
     print(f"Learning from {len(training):,}, holding out {len(held_out):,} to validate")
-    del corpus  # the two parts are copies
 
-    best, state = None, []
     if earlier:
-        metadata["history"], best, state = earlier
+        metadata["history"], *earlier = earlier
     history = metadata["history"]
     done = len(history["loss"])
     if done >= args.epochs or (args.patience and epochs_since_best(history) >= args.patience):
@@ -513,7 +922,7 @@ def run(args):
         if done:
             print(f"Continuing {args.save_path} after epoch {done}")
         try:
-            fit(args, metadata, training, held_out, best, state)
+            fit(args, metadata, corpus, training, held_out, source, earlier)
         except (Exception, KeyboardInterrupt):
             if not stop_requested.is_set():
                 raise

@@ -37,31 +37,29 @@ def assert_frequencies(counts, probabilities):
 # Encoding
 
 
-def test_a_sequence_becomes_one_hot_inputs_targets_and_weights():
-    corpus = model.encode(["abc", "b"], sentinel="s", max_len=5)
-    inputs, targets, weights = model.make_batch(corpus, steps=6)
-    assert corpus.alphabet.symbols == "sabc"
-    assert inputs.dtype == weights.dtype == np.float32
-    np.testing.assert_array_equal(inputs.sum(axis=2), 1)
-    assert corpus.alphabet.decode(inputs[0].argmax(axis=1)) == "sabcss"
-    assert corpus.alphabet.decode(targets[0]) == "abcsss"
-    np.testing.assert_array_equal(weights, [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]])
-
-
-def test_a_batch_is_as_long_as_its_sequences_need():
-    corpus = model.encode(["abc", "abcdefgh"])
-    assert model.make_batch(corpus)[0].shape == (2, 9, 9)
-    assert model.make_batch(corpus.subset([0]))[0].shape == (1, 4, 9)
-
-
-def test_the_end_of_a_cut_sequence_is_no_target():
-    corpus = model.encode(["abcdef", "abcd", "abc"], max_len=4)
+def test_the_loss_is_the_sum_over_characters_and_ends():
+    corpus = model.encode(["abcdef", "abcd", "b"], sentinel="s", max_len=4)
     np.testing.assert_array_equal(corpus.complete, [False, True, True])
-    np.testing.assert_array_equal(corpus.targets, [4, 5, 4])
-    inputs, targets, weights = model.make_batch(corpus)
-    np.testing.assert_array_equal(weights.sum(axis=1), corpus.targets)
-    assert inputs.shape[1] == 5
-    assert corpus.alphabet.decode(targets[0][:4]) == "abcd"
+    np.testing.assert_array_equal(corpus.targets, [4, 5, 2])
+    network = model.build_network(len(corpus.alphabet), 8, 2, 0.5, seed=1)
+    numpy = model.SequenceModel(corpus.alphabet, 4, network.get_weights())
+    expected = 0
+    for text, count in (("abcd", 4), ("abcd", 5), ("b", 2)):
+        probabilities = model.distribution(numpy.read(text)[0])
+        ids = [*corpus.alphabet.encode(text), 0]
+        expected -= sum(np.log(probabilities[step, ids[step]]) for step in range(count))
+    for steps in (5, 9):
+        rows = np.zeros((4, steps), np.uint8)
+        rows[:3, :4] = corpus.rows
+        targets = np.array([*corpus.targets, 0], np.int32)
+        loss = model.total_loss(network, rows, targets)
+        assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_characters_that_are_given_are_in_the_alphabet():
+    corpus = model.encode(["cab", "é"], characters="xb")
+    assert corpus.alphabet.symbols == "\nabcxé"
+    assert corpus.alphabet.decode(corpus.rows[0]) == "cab"
 
 
 def test_max_len_is_the_longest_but_at_most_64():
