@@ -3,6 +3,7 @@
 import argparse
 import gc
 import hashlib
+import importlib.util
 import itertools
 import math
 import os
@@ -465,7 +466,7 @@ def import_keras():
         The module `keras`.
 
     Raises:
-        UserError: if Keras is set to a backend that is missing or of no use.
+        UserError: if Keras's own configuration names a backend of no use.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
@@ -483,10 +484,6 @@ def import_keras():
 
                 tf.config.list_physical_devices()  # has messages of its own
             gc.freeze()
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"Keras needs the package {error.name!r}: install it, or unset KERAS_BACKEND"
-            ) from None
         except Exception:
             if not stop_requested.is_set():
                 messages.seek(0)
@@ -496,12 +493,18 @@ def import_keras():
             gc.enable()
             os.dup2(stderr, 2)
             os.close(stderr)
-    if keras.backend.backend() not in COMPILERS:
-        raise UserError(
-            f"Keras is set to the backend {keras.backend.backend()}; "
-            f"set KERAS_BACKEND to {' or '.join(COMPILERS)}"
-        )
+    check_backend(keras.backend.backend())
     return keras
+
+
+def check_backend(name):
+    """Raises a `UserError` if the backend of Keras with that name, a str, can't be used."""
+    if name not in COMPILERS:
+        raise UserError(
+            f"KERAS_BACKEND: {name!r} can't train here; set it to {' or '.join(COMPILERS)}"
+        )
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"KERAS_BACKEND: {name} is not installed: pip install {name}")
 
 
 def prepare_network(args, corpus, training, steps, source=None):
@@ -826,7 +829,7 @@ def show_invented(texts, corpus, training):
             for start in range(0, len(training), 65536)
             if len(row) == corpus.rows.shape[1]
         )
-        groups["known" if known else "new"].append(model.printable(text))
+        groups["known" if known else "new"].append(model.printable(text) or "(empty)")
     for name, found in groups.items():
         if found:
             print(f"invented, {name}: " + "  ".join(found))
@@ -886,6 +889,7 @@ def run(args):
     Raises:
         UserError: as the functions above do.
     """
+    check_backend(os.environ.get("KERAS_BACKEND", "tensorflow"))
     source = read_source(args)
     corpus = read_corpus(args, source.alphabet.symbols[1:] if source else "")
     metadata = describe(args, corpus, source)

@@ -36,6 +36,13 @@ def assert_one_line_error(process, script):
     assert process.stderr.count("\n") == 1
 
 
+def write_sequences(folder):
+    """Writes sequences.txt, a few hundred different sequences to learn from."""
+    rng = np.random.default_rng(0)
+    names = ["".join(rng.choice(list("aeioukstmn"), rng.integers(3, 9))) for _ in range(300)]
+    (folder / "sequences.txt").write_text("\n".join(names), encoding="utf-8")
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A folder in which the contract's train command has run, and the finished process."""

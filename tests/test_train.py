@@ -2,7 +2,6 @@ import os
 import re
 import resource
 import shlex
-import signal
 import subprocess
 import sys
 
@@ -10,18 +9,12 @@ import h5py
 import numpy as np
 import pytest
 from build import on_terminal, read_until
-from conftest import CONTRACT, ROOT, assert_one_line_error, run
+from conftest import CONTRACT, ROOT, assert_one_line_error, run, write_sequences
 
 import model
 import train
 
 SMALL = ["--units", 16, "--layers", 1, "--epochs", 3]
-
-
-def write_sequences(folder):
-    rng = np.random.default_rng(0)
-    names = ["".join(rng.choice(list("aeioukstmn"), rng.integers(3, 9))) for _ in range(300)]
-    (folder / "sequences.txt").write_text("\n".join(names), encoding="utf-8")
 
 
 @pytest.fixture
@@ -263,40 +256,6 @@ def test_help_shows_every_flag_with_its_default(folder):
 
 
 # The file at --save_path
-
-
-def read_all(path):
-    """Everything in a file that training decides, as comparable values."""
-    found = {}
-
-    def visit(name, item):
-        if isinstance(item, h5py.Dataset):
-            found[name] = item[()].tobytes()
-
-    with h5py.File(path) as file:
-        file.visititems(visit)
-        found["metadata"] = file.attrs[model.METADATA]
-    return found
-
-
-def test_a_killed_run_continues_to_the_same_bits(folder):
-    command = ["train.py", *SMALL, "--layers", 2, "--epochs", 4, "--save_path"]
-    assert run(*command, "whole.h5", cwd=folder).returncode == 0
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *map(str, command[1:]), "killed.h5"],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith("Epoch 2"):
-            process.kill()
-    assert process.wait() == -signal.SIGKILL
-    _, metadata = model.load(folder / "killed.h5")
-    assert 1 <= len(metadata["history"]["loss"]) < 4
-    continued = run(*command, "killed.h5", cwd=folder)
-    assert "Continuing killed.h5 after epoch" in continued.stdout
-    assert read_all(folder / "killed.h5") == read_all(folder / "whole.h5")
 
 
 def test_more_epochs_continue_a_finished_run(finished):
