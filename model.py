@@ -265,8 +265,7 @@ def run_lstm(projected, recurrent_kernel):
         carry = nothing, nothing, states, states, gates
         _, _, hiddens, cells, gates = ops.fori_loop(0, steps, forward, carry)
 
-        def gradient(*arguments, upstream=None):
-            upstream = arguments[0] if upstream is None else upstream
+        def gradient(upstream):
             transposed = ops.transpose(recurrent_kernel)
 
             def backward(done, carry):

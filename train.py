@@ -1,6 +1,7 @@
 """Learns to write sequences like those in a file and saves what it learned as an `.h5`."""
 
 import argparse
+import contextlib
 import gc
 import hashlib
 import importlib.util
@@ -280,7 +281,7 @@ def number_kinds(rows):
     return kinds
 
 
-def choose_steps(args, characters, length):
+def choose_steps(args, characters, batch_size, length):
     """Chooses how many training steps one call of the compiled network makes.
 
     Enough that what a call costs in Python is lost in the work, few enough
@@ -289,6 +290,7 @@ def choose_steps(args, characters, length):
     Args:
         args: the command line.
         characters: int, how many the alphabet has.
+        batch_size: int.
         length: int, how many steps the longest sequence takes.
 
     Returns:
@@ -297,7 +299,7 @@ def choose_steps(args, characters, length):
     """
     weights = 4 * args.units * (characters + (2 * args.layers - 1) * args.units)
     # A multiplication and an addition a weight and step, and twice that on the way back.
-    operations = 6 * weights * args.batch_size * length
+    operations = 6 * weights * batch_size * length
     return operations, max(1, min(64, 2 * 10**11 // operations))
 
 
@@ -329,6 +331,7 @@ def make_calls(corpus, chosen, batch_size, steps, lengths=None, seed=None):
     """
     rng = None if seed is None else np.random.default_rng(seed)
     order = chosen if rng is None else rng.permutation(chosen)
+    batch_size = min(batch_size, len(order))
     count = math.ceil(len(order) / batch_size)
     steps = min(steps, count)
     order = np.append(order, np.zeros(count * batch_size - len(order), int))
@@ -341,9 +344,11 @@ def make_calls(corpus, chosen, batch_size, steps, lengths=None, seed=None):
     calls = [ranking[start : start + steps] for start in range(0, count, steps)]
     if rng is not None:
         calls = [rng.permutation(calls[index]) for index in rng.permutation(len(calls))]
+    one_length = lengths is not None and len(lengths) == 1
+    divisions = 1 if one_length else max(1, min(4, batch_size // 64))
     for batches in calls:
         parts = []
-        for columns in np.array_split(np.arange(batch_size), max(1, min(4, batch_size // 64))):
+        for columns in np.array_split(np.arange(batch_size), divisions):
             part = np.ix_(batches, columns)
             goals = np.zeros((steps, len(columns)), np.int32)
             goals[: len(batches)] = targets[part]
@@ -354,7 +359,7 @@ def make_calls(corpus, chosen, batch_size, steps, lengths=None, seed=None):
             kept = corpus.rows[order[part], :length]
             rows[: len(batches), :, : kept.shape[2]] = kept
             parts.append((rows, goals))
-        yield tuple(parts), len(batches)
+        yield tuple(parts), np.int32(len(batches))
 
 
 def describe(args, corpus, source):
@@ -436,7 +441,11 @@ def find_difference(found, metadata):
             return f"was trained with --{name} {then!r}, not {now!r}"
     if metadata["data"] != found.get("data"):
         return "was trained on other data"
-    return None if metadata["init_from"] == found.get("init_from") else "started from another model"
+    return (
+        None
+        if metadata["init_from"] == found.get("init_from")
+        else "was started from another model"
+    )
 
 
 def is_history(value):
@@ -456,11 +465,32 @@ def epochs_since_best(history):
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
-def import_keras():
-    """Imports Keras without the start-up messages of the libraries below it.
+@contextlib.contextmanager
+def quiet():
+    """Hides what the libraries below Keras say as they start, unless that fails.
 
-    They are written to the process's stderr before any log level applies, so
-    the file descriptor itself is turned away. If the import fails, they show.
+    They write to the process's stderr before any log level applies, so the
+    file descriptor itself is turned away.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as messages:
+        stderr = os.dup(2)
+        os.dup2(messages.fileno(), 2)
+        try:
+            yield
+        except Exception:
+            if not stop_requested.is_set():
+                messages.seek(0)
+                os.write(stderr, messages.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+def import_keras():
+    """Imports Keras and wakes its backend.
 
     Returns:
         The module `keras`.
@@ -468,31 +498,21 @@ def import_keras():
     Raises:
         UserError: if Keras's own configuration names a backend of no use.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as messages:
-        stderr = os.dup(2)
-        os.dup2(messages.fileno(), 2)
-        # What an import leaves is there to stay: to search it for garbage, again and again
-        # and once more at the exit, takes a third of the time.
-        gc.disable()
-        try:
+    # What an import leaves is there to stay: to search it for garbage, again and again
+    # and once more at the exit, takes a third of the time.
+    gc.disable()
+    try:
+        with quiet():
             import keras
 
             if keras.backend.backend() == "tensorflow":
                 import tensorflow as tf
 
-                tf.config.list_physical_devices()  # has messages of its own
-            gc.freeze()
-        except Exception:
-            if not stop_requested.is_set():
-                messages.seek(0)
-                os.write(stderr, messages.read())
-            raise
-        finally:
-            gc.enable()
-            os.dup2(stderr, 2)
-            os.close(stderr)
+                tf.config.list_physical_devices()
+                tf.get_logger().setLevel("ERROR")  # it would warn of each length anew
+        gc.freeze()
+    finally:
+        gc.enable()
     check_backend(keras.backend.backend())
     return keras
 
@@ -580,26 +600,28 @@ def differentiate_by_hand(network, choice):
             layer.by_hand = choice
 
 
-def compile_for_tensorflow(network, scale):
+def compile_for_tensorflow(network, batch_size, scale):
     """Makes the functions that train and evaluate a network on TensorFlow.
 
     Args:
         network: the compiled Keras network.
+        batch_size: int, how many sequences a batch has.
         scale: float, what a step multiplies its loss with.
 
     Returns:
         Tuple `(learn, evaluate, fixed)`: two functions from what `make_calls`
         yields to the sum of all losses, unscaled, of which the first also
-        makes a training step a batch; and whether each length of the rows
-        costs a compilation.
+        makes a training step a batch; and two bools, whether each length of
+        their rows costs a compilation.
     """
     import tensorflow as tf
 
-    # XLA makes one program of it all. Narrow layers gain most from that, wide ones a little;
-    # those in between are as fast or faster without. On a GPU, an LSTM is one call of
-    # cuDNN, of which XLA knows nothing.
-    narrow_or_wide = not 64 < network.layers[0].units < 256
-    xla = narrow_or_wide and not tf.config.list_physical_devices("GPU")
+    # XLA makes one program of it all. That is several times as fast where a step is little
+    # work, and faster where the layers are wide; what lies between is as fast or faster
+    # without. On a GPU, an LSTM is one call of cuDNN, of which XLA knows nothing.
+    units = network.layers[0].units
+    little_or_wide = (units <= 64 and units * batch_size <= 4096) or units >= 256
+    xla = little_or_wide and not tf.config.list_physical_devices("GPU")
     differentiate_by_hand(network, xla)
     variables = network.trainable_variables
 
@@ -620,14 +642,27 @@ def compile_for_tensorflow(network, scale):
 
             return tf.while_loop(lambda step, total: step < count, body, (0, 0.0))[1]
 
-        call = tf.function(call, jit_compile=xla, reduce_retracing=True)
-        return lambda *batches: float(call(*tf.nest.map_structure(tf.constant, batches)))
+        program = None
+
+        def run(*batches):
+            nonlocal program
+            batches = tf.nest.map_structure(tf.constant, batches)
+            if program is None:
+                # One program for all lengths, unless XLA makes one for each.
+                specs = None if xla else tf.nest.map_structure(any_length, batches)
+                program = tf.function(call, input_signature=specs, jit_compile=xla)
+            return float(program(*batches))
+
+        return run
+
+    def any_length(batch):
+        return tf.TensorSpec([*batch.shape[:2], *[None] * len(batch.shape[2:])], batch.dtype)
 
     # Without a way back there is too little work for a compilation to pay.
-    return compiled(learn_batch, xla), compiled(evaluate_batch, False), xla
+    return compiled(learn_batch, xla), compiled(evaluate_batch, False), (xla, False)
 
 
-def compile_for_jax(network, scale):
+def compile_for_jax(network, batch_size, scale):
     """Does on JAX, which always compiles, what `compile_for_tensorflow` does there."""
     import jax
     from keras import StatelessScope
@@ -665,7 +700,7 @@ def compile_for_jax(network, scale):
 
             return jax.lax.fori_loop(0, count, body, (state, 0.0))
 
-        call = jax.jit(call)
+        call = jax.jit(call, donate_argnums=0)
 
         def update(parts, count):
             state = tuple([variable.value for variable in group] for group in groups)
@@ -677,7 +712,7 @@ def compile_for_jax(network, scale):
 
         return update
 
-    return compiled(learn_batch), compiled(evaluate_batch), True
+    return compiled(learn_batch), compiled(evaluate_batch), (True, True)
 
 
 COMPILERS = {"tensorflow": compile_for_tensorflow, "jax": compile_for_jax}
@@ -700,7 +735,8 @@ def fit(args, metadata, corpus, training, held_out, source, earlier):
             written, or the earlier run's state can't be taken up.
     """
     keras = import_keras()
-    batches = math.ceil(len(training) / args.batch_size)
+    batch_size = min(args.batch_size, len(training))
+    batches = math.ceil(len(training) / batch_size)
     network = prepare_network(args, corpus, training, args.epochs * batches, source)
     variables = network.variables + network.optimizer.variables
     best, state = earlier or (None, [])
@@ -718,14 +754,16 @@ def fit(args, metadata, corpus, training, held_out, source, earlier):
 
     targets = corpus.targets
     # Every target weighs the same, whichever batch it is in.
-    scale = 1 / (args.batch_size * targets[training].mean())
+    scale = 1 / (batch_size * targets[training].mean())
     compiler = COMPILERS[keras.backend.backend()]
-    longest = targets.max()
-    learn, evaluate, fixed = compiler(network, scale)
-    operations, steps = choose_steps(args, len(corpus.alphabet), longest)
-    # One length a few seconds of work, because to compile for one takes seconds.
+    longest = int(targets.max())
+    learn, evaluate, fixed = compiler(network, batch_size, scale)
+    operations, steps = choose_steps(args, len(corpus.alphabet), batch_size, longest)
+    # One length some seconds of work, because to compile for one takes seconds.
     choices = 1 + min(7, args.epochs * batches * operations // 10**12)
-    lengths = np.unique(np.ceil(longest * 0.8 ** np.arange(choices)).astype(int)) if fixed else None
+    lengths = np.geomspace(longest, np.median(targets), choices)
+    lengths = np.unique(np.ceil(lengths - 1e-6).astype(int))
+    to_learn, to_evaluate = (lengths if each else None for each in fixed)
 
     log = open_log(args.log_dir, history) if args.log_dir else None
     first, begun = len(history["loss"]), time.monotonic()
@@ -733,30 +771,30 @@ def fit(args, metadata, corpus, training, held_out, source, earlier):
         title = f"Epoch {epoch + 1}/{args.epochs}"
         seed = (args.seed, epoch)
         start = time.monotonic()
-        calls = make_calls(corpus, training, args.batch_size, steps, lengths, seed)
+        calls = make_calls(corpus, training, batch_size, steps, to_learn, seed)
         losses = {"loss": pass_over(learn, calls, title, len(training))}
         rate = len(training) / (time.monotonic() - start)
         if len(held_out):
-            calls = make_calls(corpus, held_out, args.batch_size, steps, lengths)
+            calls = make_calls(corpus, held_out, batch_size, steps, to_evaluate)
             losses["val_loss"] = pass_over(evaluate, calls, title + ", validation", len(held_out))
         if not all(map(math.isfinite, losses.values())):
             raise UserError(
                 f"the loss of epoch {epoch + 1} is not a number any more; try a --learning_rate "
                 f"below {args.learning_rate}, in another --save_path or with --overwrite"
             )
-        for name, loss in losses.items():
-            history[name].append(loss)
+        grown = {**history, **{name: [*history[name], loss] for name, loss in losses.items()}}
         weights = network.get_weights()
-        if epochs_since_best(history) == 0:
+        if epochs_since_best(grown) == 0:
             best = weights
         state = [keras.ops.convert_to_numpy(variable) for variable in variables]
         try:
-            model.save(args.save_path, network, best, metadata, state)
+            model.save(args.save_path, network, best, {**metadata, "history": grown}, state)
         except OSError as error:
             raise UserError(
                 f"--save_path: can't write {args.save_path}: {error.strerror}; "
                 "the epochs before this one are kept if there were any"
             ) from None
+        history.update(grown)
         left = (time.monotonic() - begun) / (epoch + 1 - first) * (args.epochs - epoch - 1)
         figures = [f"{name}: {loss:.4f}" for name, loss in losses.items()]
         figures += [f"{rate:,.0f} sequences/s", f"{model.describe_time(left)} left"]
@@ -849,7 +887,8 @@ def open_log(folder, history):
     Raises:
         UserError: here and there, if the files can't be written.
     """
-    import tensorflow as tf  # on any backend
+    with quiet():
+        import tensorflow as tf  # on any backend
 
     # An event file is a file of TensorFlow records, so TensorBoard itself isn't needed.
     Event, Summary = tf.compat.v1.Event, tf.compat.v1.Summary
@@ -889,22 +928,16 @@ def run(args):
     Raises:
         UserError: as the functions above do.
     """
-    check_backend(os.environ.get("KERAS_BACKEND", "tensorflow"))
+    if os.environ.get("KERAS_BACKEND"):
+        check_backend(os.environ["KERAS_BACKEND"])
     source = read_source(args)
     corpus = read_corpus(args, source.alphabet.symbols[1:] if source else "")
     metadata = describe(args, corpus, source)
     earlier = find_earlier_run(args, metadata)
-    if args.log_dir is not None:
-        try:
-            os.makedirs(args.log_dir, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"--log_dir: can't make {args.log_dir}: {error.strerror}; name a folder"
-            ) from None
     training, held_out = split(corpus, args.validation_split, args.seed)
     print(
         f"Read {len(corpus):,} sequences, {np.count_nonzero(corpus.rows):,} characters, "
-        f"{len(corpus.alphabet) - 1:,} different, from {args.sequence_path}"
+        f"an alphabet of {len(corpus.alphabet) - 1:,}, from {args.sequence_path}"
     )
     if source:
         added = len(corpus.alphabet) - len(source.alphabet)
@@ -923,6 +956,13 @@ def run(args):
     if done >= args.epochs or (args.patience and epochs_since_best(history) >= args.patience):
         print(f"{args.save_path} is finished: it has learned for {done} epochs")
     else:
+        if args.log_dir is not None:
+            try:
+                os.makedirs(args.log_dir, exist_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"--log_dir: can't make {args.log_dir}: {error.strerror}; name a folder"
+                ) from None
         if done:
             print(f"Continuing {args.save_path} after epoch {done}")
         try:

@@ -1,18 +1,29 @@
+import itertools
 import os
 import re
 import resource
 import shlex
 import subprocess
 import sys
+import textwrap
 
 import h5py
 import numpy as np
 import pytest
 from build import on_terminal, read_until
-from conftest import CONTRACT, ROOT, assert_one_line_error, run, write_sequences
+from conftest import (
+    CONTRACT,
+    PRE_TRAINED,
+    ROOT,
+    assert_one_line_error,
+    random_model,
+    run,
+    write_sequences,
+)
 
 import model
 import train
+from model import SequenceModel
 
 SMALL = ["--units", 16, "--layers", 1, "--epochs", 3]
 
@@ -46,7 +57,7 @@ def test_the_contract_command_tells_what_it_does_and_nothing_else(trained):
     output = process.stdout
     assert process.stderr == ""
     assert sorted(os.listdir(folder)) == ["incognito_model.h5", "sequences.txt"]
-    assert re.search(r"Read 1,000 sequences, 4,991 characters, 38 different", output)
+    assert re.search(r"Read 1,000 sequences, 4,991 characters, an alphabet of 38, from", output)
     assert re.search(r"Cut to 8 characters, because they were longer: 44 ", output)
     assert re.search(r"Learning from 900, holding out 100", output)
     assert re.search(r"3 × LSTM\(32\), 27,143 parameters", output)
@@ -407,6 +418,296 @@ def test_the_held_out_part_is_a_share_of_the_distinct_sequences():
     assert len(train.split(model.encode(["a", "a"]), 0.9, seed=3)[1]) == 0
     assert len(train.split(model.encode(["a", "b"]), 0.1, seed=3)[1]) == 0
     assert len(train.split(model.encode(["a", "b"]), 0.5, seed=3)[1]) == 1
+
+
+# How it learns
+
+
+LEARN = """
+    import sys
+    import h5py
+    import numpy as np
+    import model, train
+
+    arguments = ["--units", "16", "--batch_size", "192", "--dropout", "0", "--max_len", "8"]
+    _, args = train.parse_arguments(arguments)
+    train.read_source(args)
+    corpus = train.read_corpus(args)
+    everything = np.arange(len(corpus))
+    keras = train.import_keras()
+    network = train.prepare_network(args, corpus, everything, 100)
+    before = network.get_weights()
+    scale = 1 / (args.batch_size * corpus.targets.mean())
+    learn, evaluate, _ = train.COMPILERS[keras.backend.backend()](network, args.batch_size, scale)
+    calls = list(train.make_calls(corpus, everything, args.batch_size, 1, None, 1))
+    untrained = sum(evaluate(*call) for call in calls)
+    losses = [learn(*call) for call in calls]
+    with h5py.File(sys.argv[1], "w") as file:
+        file["loss"] = untrained / corpus.targets.sum()
+        for index, (first, last) in enumerate(zip(before, network.get_weights())):
+            file[f"before/{index}"], file[f"after/{index}"] = first, last
+        for step, (parts, _) in enumerate(calls):
+            for part, (rows, targets) in enumerate(parts):
+                file[f"{step}/{part}/rows"], file[f"{step}/{part}/targets"] = rows[0], targets[0]
+        file.attrs["scale"] = scale
+"""
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_it_learns_what_stock_keras_learns_from_the_same_batches(folder, backend):
+    import keras
+
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(LEARN), "learned.h5"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "KERAS_BACKEND": backend},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    with h5py.File(folder / "learned.h5") as file:
+        before, after = (
+            [file[f"{name}/{index}"][()] for index in range(len(file[name]))]
+            for name in ("before", "after")
+        )
+        calls = [
+            [(part["rows"][()], part["targets"][()]) for part in file[step].values()]
+            for step in "01"
+        ]
+        scale, loss = file.attrs["scale"], file["loss"][()]
+    characters = len(before[-1])
+    network = keras.Sequential(
+        [
+            keras.Input((None, characters)),
+            *(keras.layers.LSTM(16, return_sequences=True) for _ in range(2)),
+            keras.layers.Dense(characters, activation="softmax"),
+        ]
+    )
+    network.set_weights(before)
+    network.compile(
+        keras.optimizers.Adam(
+            keras.optimizers.schedules.CosineDecay(0.01, 100), global_clipnorm=1.0
+        ),
+        "sparse_categorical_crossentropy",
+    )
+    # All parts in one batch, as long as the longest; Keras divides by its size.
+    assert len({rows.shape for parts in calls for rows, _ in parts}) > 3
+    total = 0
+    batches = []
+    for parts in calls:
+        length = max(rows.shape[1] for rows, _ in parts)
+        rows = np.concatenate([np.pad(r, [(0, 0), (0, length - r.shape[1])]) for r, _ in parts])
+        targets = np.concatenate([targets for _, targets in parts])
+        inputs = np.eye(characters, dtype=np.float32)[np.pad(rows[:, :-1], [(0, 0), (1, 0)])]
+        weights = (np.arange(length) < targets[:, None]).astype(np.float32)
+        batches.append((inputs, rows, weights))
+        nats = network.evaluate(inputs, rows, 1000, sample_weight=weights, verbose=0)
+        total += nats * weights.size
+    assert total / sum(weights.sum() for _, _, weights in batches) == pytest.approx(loss, rel=1e-5)
+    for inputs, rows, weights in batches:
+        network.train_on_batch(inputs, rows, weights * weights.size * scale)
+    for ours, theirs, first in zip(after, network.get_weights(), before):
+        assert np.abs(theirs - first).max() > 1e-3
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_a_pass_takes_each_sequence_once_and_pads_little():
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("abcde"), length)) for length in rng.geometric(0.1, 1000)]
+    corpus = model.encode(texts)
+    chosen = rng.permutation(1000)[:777]
+    for batch_size, steps, seed in [(32, 5, 3), (128, 2, 3), (300, 64, None), (1000, 1, 0)]:
+        seen, padded = [], 0
+        for parts, count in train.make_calls(corpus, chosen, batch_size, steps, None, seed):
+            width = sum(targets.shape[1] for _, targets in parts)
+            assert width == min(batch_size, 777)
+            for rows, targets in parts:
+                padded += rows[:count].size
+                assert not targets[count:].any()
+                for row, real in zip(rows.reshape(-1, rows.shape[2]), targets.ravel()):
+                    if real:
+                        assert real <= len(row)
+                        seen.append(corpus.alphabet.decode(row[row > 0]))
+        assert sorted(seen) == sorted(corpus.alphabet.decode(r[r > 0]) for r in corpus.rows[chosen])
+        assert padded < 777 * corpus.targets.max()
+    allowed = np.array([40, 65])
+    calls = train.make_calls(corpus, chosen, 32, 5, allowed, 0)
+    assert {rows.shape[2] for parts, _ in calls for rows, _ in parts} == {40, 65}
+
+
+def test_another_seed_or_epoch_is_another_order():
+    corpus = model.encode(["".join(pair) for pair in itertools.product("abcdefgh", repeat=2)])
+
+    def order(seed):
+        calls = train.make_calls(corpus, np.arange(64), 8, 2, None, seed)
+        return b"".join(rows.tobytes() for parts, _ in calls for rows, _ in parts)
+
+    assert order((0, 1)) == order((0, 1))
+    assert len({order((0, 1)), order((0, 2)), order((1, 1)), order(None)}) == 4
+
+
+@pytest.mark.parametrize("flags", [[], ["--batch_size", 128]])
+def test_jax_trains_continues_and_is_read_by_all(folder, flags):
+    jax = {**os.environ, "KERAS_BACKEND": "jax"}
+    command = ["train.py", *SMALL, *flags, "--layers", 2]
+    whole = run(*command, "--save_path", "whole.h5", cwd=folder, env=jax)
+    assert whole.returncode == 0
+    assert whole.stderr == ""
+    assert len(re.findall("^Epoch ", whole.stdout, re.M)) == 3
+    stop = "--epochs", 3, "--save_path", "stopped.h5"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *map(str, [*command[1:], *stop])],
+        cwd=folder,
+        env=jax,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("Epoch 1"):
+            process.kill()
+    process.wait()
+    continued = run(*command, *stop, cwd=folder, env=jax)
+    assert "Continuing stopped.h5 after epoch" in continued.stdout
+    with h5py.File(folder / "whole.h5") as first, h5py.File(folder / "stopped.h5") as second:
+        assert len(first["training_state"]) > 10
+        for name, array in first["training_state"].items():
+            assert array[()].tobytes() == second["training_state"][name][()].tobytes()
+    import keras
+
+    network = keras.models.load_model(folder / "whole.h5")
+    ours, _ = model.load(folder / "whole.h5")
+    inputs = np.eye(len(ours.alphabet), dtype=np.float32)[[0, *ours.alphabet.encode("kos")]]
+    expected = model.distribution(ours.read("kos")[0])
+    np.testing.assert_allclose(network.predict(inputs[None], verbose=0)[0], expected, atol=1e-5)
+    more = run(*command, "--epochs", 4, "--save_path", "whole.h5", cwd=folder)
+    assert "Continuing whole.h5 after epoch 3" in more.stdout
+    assert more.returncode == 0
+
+
+@pytest.mark.parametrize("backend", ["torch", "nothing"])
+def test_a_backend_that_can_not_train_is_named_at_once(folder, backend):
+    process = run("train.py", cwd=folder, env={**os.environ, "KERAS_BACKEND": backend})
+    assert_one_line_error(process, "train.py")
+    assert f"KERAS_BACKEND: {backend!r} can't train here; set it to tensorflow or jax" in (
+        process.stderr
+    )
+
+
+# Starting from a model
+
+
+def test_an_extended_model_gives_the_old_sequences_the_same_odds():
+    source = random_model("\nbcdf", units=8, layers=2, seed=5)
+    corpus = model.encode(["abé", "fac", "éab"], characters="bcdf")
+    assert corpus.alphabet.symbols == "\nabcdfé"
+    arguments = ["--units", "8", "--layers", "2", "--seed", "3"]
+    _, args = train.parse_arguments(arguments)
+    network = train.prepare_network(args, corpus, np.arange(3), 10, source)
+    extended = SequenceModel(corpus.alphabet, 6, network.get_weights())
+    known = [corpus.alphabet.symbols.index(symbol) for symbol in source.alphabet.symbols]
+    for text in ("", "b", "dcfb", "ffffff"):
+        before = model.distribution(source.read(text)[0])
+        after = model.distribution(extended.read(text)[0])
+        share = after[:, known].sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(after[:, known] / share, before, rtol=1e-5)
+        assert (share < 1).all()
+        assert (after > 0).all()
+
+
+def test_a_model_is_tuned_on_other_data_into_another_file(tmp_path):
+    names = ["Zoë Ågren", "Åsa Öberg", "Zoë Öberg", "Åsa Ågren"]
+    (tmp_path / "names.txt").write_text("\n".join(names * 10), encoding="utf-8")
+    source = PRE_TRAINED / "user_names_10000.h5"
+    before = source.read_bytes()
+    command = ["train.py", "--sequence_path", "names.txt", "--init_from", source, "--epochs", 8]
+    command += ["--validation_split", 0]
+    process = run(*command, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "names_10000.h5, which gains 4 characters" in process.stdout
+    assert "Network: 2 × LSTM(192)" in process.stdout
+    tuned, metadata = model.load(tmp_path / "incognito_model.h5")
+    original, _ = model.load(source)
+    assert set(tuned.alphabet.symbols) == {*original.alphabet.symbols, *"ëÅÖ "}
+    losses = metadata["history"]["loss"]
+    assert losses[-1] < losses[0]
+    fresh = run(*command, "--epochs", 1, cwd=tmp_path)
+    assert fresh.stdout.count("is finished") == 1
+    copy = tmp_path / "copy.h5"
+    copy.write_bytes(before)
+    (tmp_path / "other.h5").write_bytes((tmp_path / "incognito_model.h5").read_bytes())
+    for change, message in {
+        ("--init_from", "other.h5"): "was started from another model",
+        ("--init_from", PRE_TRAINED / "english_words_5000.h5"): "contains the sentinel ' '",
+        ("--units", 64): "--units: ",
+        ("--layers", 3): "--layers: ",
+        ("--sentinel", "a"): "'a' is a character like others",
+        ("--init_from", "none.h5"): "--init_from: can't read none.h5: No such file",
+        ("--init_from", "names.txt"): "--init_from: names.txt is not a model",
+        ("--init_from", copy, "--save_path", copy): "copy.h5 is the file of --init_from",
+    }.items():
+        process = run(*command, *change, cwd=tmp_path)
+        assert_one_line_error(process, "train.py")
+        assert message in process.stderr
+    assert source.read_bytes() == copy.read_bytes() == before
+    without = run("train.py", *command[1:3], "--units", 192, "--epochs", 8, cwd=tmp_path)
+    assert_one_line_error(without, "train.py")
+
+
+# What people watch
+
+
+def test_invented_sequences_are_known_or_new(trained):
+    folder, process = trained
+    words = (folder / "sequences.txt").read_text(encoding="utf-8").split("\n")
+    corpus = model.encode(words, " ", 8)
+    learned = {words[index][:8] for index in train.split(corpus, 0.1, seed=0)[0]}
+    found = {
+        name: {
+            text
+            for line in re.findall(f"^invented, {name}: (.*)$", process.stdout, re.M)
+            for text in line.split("  ")
+        }
+        for name in ("new", "known")
+    }
+    assert len(found["new"]) > 50
+    assert found["known"]
+    assert found["known"] <= learned
+    assert not found["new"] & learned
+
+
+def test_losses_are_logged_for_tensorboard_and_as_csv(folder):
+    import tensorflow as tf
+
+    command = ["train.py", *SMALL, "--log_dir", "runs/first"]
+    for epochs in (2, 4):
+        assert run(*command, "--epochs", epochs, cwd=folder).returncode == 0
+    _, metadata = model.load(folder / "incognito_model.h5")
+    history = metadata["history"]
+    header, *lines = (folder / "runs/first/losses.csv").read_text().splitlines()
+    assert header == "epoch,loss,val_loss"
+    assert [list(map(float, line.split(","))) for line in lines] == [
+        [epoch, *losses]
+        for epoch, losses in enumerate(zip(history["loss"], history["val_loss"]), start=1)
+    ]
+    files = sorted((folder / "runs/first").glob("events.out.tfevents.*"))
+    assert len(files) == 2
+    points = {}
+    for record in tf.data.TFRecordDataset(str(files[-1])):
+        event = tf.compat.v1.Event.FromString(record.numpy())
+        for value in event.summary.value:
+            points[value.tag, event.step] = value.simple_value
+    assert points == pytest.approx(
+        {(name, 1 + epoch): history[name][epoch] for name in history for epoch in range(4)}
+    )
+
+
+def test_a_log_folder_that_can_not_be_is_a_mistake(folder):
+    process = run("train.py", *SMALL, "--log_dir", "sequences.txt", cwd=folder)
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1
+    assert (
+        "error: --log_dir: can't make sequences.txt: File exists; name a folder" in process.stderr
+    )
 
 
 # On a terminal
