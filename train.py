@@ -281,26 +281,30 @@ def number_kinds(rows):
     return kinds
 
 
-def choose_steps(args, characters, batch_size, length):
-    """Chooses how many training steps one call of the compiled network makes.
-
-    Enough that what a call costs in Python is lost in the work, few enough
-    that the progress bar and Ctrl-C are not kept waiting.
+def plan_calls(args, corpus, batch_size, batches):
+    """Chooses what `make_calls` has a choice of, by how much work there is.
 
     Args:
         args: the command line.
-        characters: int, how many the alphabet has.
+        corpus: `model.Corpus`.
         batch_size: int.
-        length: int, how many steps the longest sequence takes.
+        batches: int, how many all epochs have together.
 
     Returns:
-        Tuple `(operations, steps)` of two ints: what a training step takes
-        at most, and how many to make a call.
+        Tuple `(steps, lengths)`: how many batches one call gets, an int:
+        enough that what a call costs in Python is lost in the work, few
+        enough that the progress bar and Ctrl-C are not kept waiting. And to
+        which lengths batches are padded if each costs a compilation, a sorted
+        int array: one more for some seconds of work, which a compilation takes.
     """
-    weights = 4 * args.units * (characters + (2 * args.layers - 1) * args.units)
+    longest = int(corpus.targets.max())
+    weights = 4 * args.units * (len(corpus.alphabet) + (2 * args.layers - 1) * args.units)
     # A multiplication and an addition a weight and step, and twice that on the way back.
-    operations = 6 * weights * batch_size * length
-    return operations, max(1, min(64, 2 * 10**11 // operations))
+    operations = 6 * weights * batch_size * longest
+    choices = 1 + min(7, batches * operations // 10**12)
+    lengths = np.geomspace(longest, np.median(corpus.targets), choices)
+    lengths = np.unique(np.ceil(lengths - 1e-6).astype(int))
+    return max(1, min(64, 2 * 10**11 // operations)), lengths
 
 
 def make_calls(corpus, chosen, batch_size, steps, lengths=None, seed=None):
@@ -352,7 +356,8 @@ def make_calls(corpus, chosen, batch_size, steps, lengths=None, seed=None):
             part = np.ix_(batches, columns)
             goals = np.zeros((steps, len(columns)), np.int32)
             goals[: len(batches)] = targets[part]
-            length = max(1, goals.max())
+            # Of several parts each has one length, since all of them are compiled together.
+            length = max(1, (targets[:, columns] if divisions > 1 else goals).max())
             if lengths is not None:
                 length = lengths[np.searchsorted(lengths, length)]
             rows = np.zeros((*goals.shape, length), corpus.rows.dtype)
@@ -741,28 +746,16 @@ def fit(args, metadata, corpus, training, held_out, source, earlier):
     variables = network.variables + network.optimizer.variables
     best, state = earlier or (None, [])
     if state:
-        if [array.shape for array in state] != [tuple(variable.shape) for variable in variables]:
-            raise UserError(
-                f"--save_path: {args.save_path} was trained with a version of Keras that this "
-                "one can't continue; pass --overwrite to start over, or another --save_path"
-            )
-        for variable, array in zip(variables, state):
-            variable.assign(array)
+        take_up(args, variables, state)
     metadata["versions"] = {"keras": keras.__version__, "numpy": np.__version__}
     history = metadata["history"]
     print(f"Network: {args.layers} × LSTM({args.units}), {network.count_params():,} parameters")
 
-    targets = corpus.targets
     # Every target weighs the same, whichever batch it is in.
-    scale = 1 / (batch_size * targets[training].mean())
+    scale = 1 / (batch_size * corpus.targets[training].mean())
     compiler = COMPILERS[keras.backend.backend()]
-    longest = int(targets.max())
     learn, evaluate, fixed = compiler(network, batch_size, scale)
-    operations, steps = choose_steps(args, len(corpus.alphabet), batch_size, longest)
-    # One length some seconds of work, because to compile for one takes seconds.
-    choices = 1 + min(7, args.epochs * batches * operations // 10**12)
-    lengths = np.geomspace(longest, np.median(targets), choices)
-    lengths = np.unique(np.ceil(lengths - 1e-6).astype(int))
+    steps, lengths = plan_calls(args, corpus, batch_size, args.epochs * batches)
     to_learn, to_evaluate = (lengths if each else None for each in fixed)
 
     log = open_log(args.log_dir, history) if args.log_dir else None
@@ -787,13 +780,7 @@ def fit(args, metadata, corpus, training, held_out, source, earlier):
         if epochs_since_best(grown) == 0:
             best = weights
         state = [keras.ops.convert_to_numpy(variable) for variable in variables]
-        try:
-            model.save(args.save_path, network, best, {**metadata, "history": grown}, state)
-        except OSError as error:
-            raise UserError(
-                f"--save_path: can't write {args.save_path}: {error.strerror}; "
-                "the epochs before this one are kept if there were any"
-            ) from None
+        save(args, network, best, {**metadata, "history": grown}, state)
         history.update(grown)
         left = (time.monotonic() - begun) / (epoch + 1 - first) * (args.epochs - epoch - 1)
         figures = [f"{name}: {loss:.4f}" for name, loss in losses.items()]
@@ -805,6 +792,28 @@ def fit(args, metadata, corpus, training, held_out, source, earlier):
             log()
         if args.patience and epochs_since_best(history) >= args.patience:
             break
+
+
+def take_up(args, variables, state):
+    """Sets variables to what an earlier run's were, or raises a `UserError` if it can't."""
+    if [array.shape for array in state] != [tuple(variable.shape) for variable in variables]:
+        raise UserError(
+            f"--save_path: {args.save_path} was trained with a version of Keras that this "
+            "one can't continue; pass --overwrite to start over, or another --save_path"
+        )
+    for variable, array in zip(variables, state):
+        variable.assign(array)
+
+
+def save(args, *content):
+    """Writes what `model.save` takes to `--save_path`, or raises a `UserError` if it can't."""
+    try:
+        model.save(args.save_path, *content)
+    except OSError as error:
+        raise UserError(
+            f"--save_path: can't write {args.save_path}: {error.strerror}; "
+            "the epochs before this one are kept if there were any"
+        ) from None
 
 
 def pass_over(function, calls, title, total):
