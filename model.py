@@ -108,7 +108,7 @@ class Corpus:
     def __len__(self):
         return len(self.rows)
 
-    @property
+    @functools.cached_property
     def targets(self):
         """Int array `(sequences,)`: how many targets each sequence gives.
 
@@ -120,10 +120,6 @@ class Corpus:
             block = slice(start, start + 65536)
             lengths[block] = np.count_nonzero(self.rows[block], axis=1)
         return lengths + self.complete
-
-    def subset(self, chosen):
-        """Returns the `Corpus` of the sequences that `chosen`, an index array, selects."""
-        return dataclasses.replace(self, rows=self.rows[chosen], complete=self.complete[chosen])
 
 
 def encode(sequences, sentinel="\n", max_len=None, characters=""):
@@ -899,6 +895,29 @@ def load(path):
         if len(file["model_weights"]) != len(shapes):
             raise _ReadError(f"it holds more layers than the {metadata['layers']} it says")
         return SequenceModel(Alphabet(metadata["alphabet"]), metadata["max_len"], weights), metadata
+
+
+def load_for(flag, path):
+    """Does what `load` does with the file that a flag names, for the user who gave it.
+
+    Args:
+        flag: str, such as `--weights_path`.
+        path: str.
+
+    Returns:
+        What `load` returns.
+
+    Raises:
+        UserError: if it can't be read.
+    """
+    try:
+        return load(path)
+    except OSError as error:
+        raise UserError(
+            f"{flag}: can't read {path}: {error.strerror}; name a model's file"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{flag}: {error}") from None
 
 
 def load_training_state(path):

@@ -753,22 +753,6 @@ def read_sequences(flag, path):
         raise UserError(f"--{flag}: {error}") from None
 
 
-def load_model(args):
-    """Returns the `model.SequenceModel` of `--weights_path`.
-
-    Raises:
-        UserError: if it can't be read.
-    """
-    try:
-        return model.load(args.weights_path)[0]
-    except OSError as error:
-        raise UserError(
-            f"--weights_path: can't read {args.weights_path}: {error.strerror}"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"--weights_path: {error}") from None
-
-
 def run(args):
     """Does what the command line asks for.
 
@@ -789,7 +773,7 @@ def run(args):
             model.check_target(args.output, inputs)
         except ValueError as error:
             raise UserError(f"--output: {error}") from None
-    trained = load_model(args)
+    trained = model.load_for("--weights_path", args.weights_path)[0]
     known = TextSet()
     if args.exclude is not None:
         known.add("")  # which no file can name

@@ -31,8 +31,6 @@ does a larger --epochs. Ctrl-C stops; what the last whole epoch learned is kept.
 NOTHING_SAVED = "nothing new was saved"
 # Set by Ctrl-C, since a library can make another error of a KeyboardInterrupt or drop it.
 stop_requested = threading.Event()
-
-
 UNITS, LAYERS, SENTINEL = 128, 2, "\n"
 # What makes two runs the same run: a file is continued only if all of it agrees.
 SETTINGS = (
@@ -169,14 +167,7 @@ def read_source(args):
     source, found = None, {"units": UNITS, "layers": LAYERS}
     sentinel = SENTINEL
     if args.init_from is not None:
-        try:
-            source, found = model.load(args.init_from)
-        except OSError as error:
-            raise UserError(
-                f"--init_from: can't read {args.init_from}: {error.strerror}; name a model's file"
-            ) from None
-        except ValueError as error:
-            raise UserError(f"--init_from: {error}") from None
+        source, found = model.load_for("--init_from", args.init_from)
         sentinel = source.alphabet.sentinel
     for name in ("units", "layers"):
         asked = getattr(args, name)

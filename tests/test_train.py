@@ -87,17 +87,17 @@ def test_the_loss_is_the_mean_over_characters_and_ends(trained):
     folder, _ = trained
     with open(folder / "sequences.txt", encoding="utf-8") as file:
         corpus = model.encode(file.read().split("\n"), sentinel=" ", max_len=8)
-    held_out = corpus.subset(train.split(corpus, 0.1, seed=0)[1])
+    _, held_out = train.split(corpus, 0.1, seed=0)
     ours, metadata = model.load(folder / "incognito_model.h5")
     total = count = 0
-    for row, complete in zip(held_out.rows, held_out.complete):
+    for row, complete in zip(corpus.rows[held_out], corpus.complete[held_out]):
         text = corpus.alphabet.decode(row[row > 0])
         distribution = model.distribution(ours.read(text)[0])
         targets = [*corpus.alphabet.encode(text)] + [0] * int(complete)
         total -= sum(np.log(distribution[step, target]) for step, target in enumerate(targets))
         count += len(targets)
     assert len(held_out) == 100
-    assert count == held_out.targets.sum()
+    assert count == corpus.targets[held_out].sum()
     assert min(metadata["history"]["val_loss"]) == pytest.approx(total / count, rel=1e-5)
 
 
