@@ -98,12 +98,17 @@ class Corpus:
             characters, padded with 0, the sentinel.
         complete: bool array `(sequences,)`, False where the sequence was
             longer than `max_len` and its end is missing.
+        predictions: None, or float32 array `(sequences, steps, alphabet)`:
+            how likely each character is as the target of each step, where
+            that is known and so is to be learned in place of the one that
+            came.
     """
 
     alphabet: Alphabet
     max_len: int
     rows: np.ndarray
     complete: np.ndarray
+    predictions: np.ndarray | None = None
 
     def __len__(self):
         return len(self.rows)
@@ -188,34 +193,43 @@ def encode(sequences, sentinel="\n", max_len=None, characters=""):
     return Corpus(alphabet, max_len or longest, rows, np.concatenate(complete))
 
 
-def make_lstm(units, **options):
+def make_lstm(units, recurrent_dropout=0.0, **options):
     """Makes a `keras.layers.LSTM` that returns sequences and can learn faster.
 
-    Where its attribute `by_hand` is True, training steps use the gradient
-    that is worked out in `run_lstm`; they must then be compiled by XLA. All
-    else, and so the cuDNN kernel on a GPU, is Keras's.
+    Where its attribute `by_hand` is True, as it must be for recurrent dropout,
+    training steps use the gradient that is worked out in `run_lstm`; they must
+    then be compiled by XLA. All else, and so the cuDNN kernel on a GPU, is
+    Keras's.
 
     Args:
         units, options: what `keras.layers.LSTM` takes.
+        recurrent_dropout: float, the share of each sequence's outputs that
+            the layer does not read back, the same ones at every step (Gal and
+            Ghahramani 2016). Keras's own, which draws other ones for each
+            gate, takes four products a step where this takes one.
     """
-    from keras import layers, ops
+    from keras import layers, ops, random
 
     class LSTM(layers.LSTM):
-        by_hand = False
+        by_hand = recurrent_dropout > 0
 
         def inner_loop(self, sequences, initial_state, mask, training=False):
             if not (self.by_hand and training):
                 return super().inner_loop(sequences, initial_state, mask, training)
             steps_first = ops.transpose(sequences, (1, 0, 2))
             projected = ops.matmul(steps_first, self.cell.kernel) + self.cell.bias
-            hidden = run_lstm(projected, ops.convert_to_tensor(self.cell.recurrent_kernel))
+            kept = None
+            if recurrent_dropout:
+                kept = ops.ones_like(initial_state[0])
+                kept = random.dropout(kept, recurrent_dropout, seed=self.cell.seed_generator)
+            hidden = run_lstm(projected, ops.convert_to_tensor(self.cell.recurrent_kernel), kept)
             hidden = ops.transpose(hidden, (1, 0, 2))
             return hidden[:, -1], hidden, initial_state  # nobody asks for the last state
 
     return LSTM(units, return_sequences=True, **options)
 
 
-def run_lstm(projected, recurrent_kernel):
+def run_lstm(projected, recurrent_kernel, kept=None):
     """Runs an LSTM from a state of zeros, as `SequenceModel.step` does, differentiably.
 
     The gradient is that of backpropagation through time (Werbos 1990). What
@@ -227,6 +241,8 @@ def run_lstm(projected, recurrent_kernel):
         projected: float32 tensor `(steps, batch, 4 × units)`: the inputs times
             the kernel, plus the bias.
         recurrent_kernel: float32 tensor `(units, 4 × units)`.
+        kept: float32 tensor `(batch, units)` or None, what the outputs are
+            multiplied with before the layer reads them back.
 
     Returns:
         Float32 tensor `(steps, batch, units)`: the outputs.
@@ -242,13 +258,16 @@ def run_lstm(projected, recurrent_kernel):
     def put(array, step, value):
         return ops.slice_update(array, (step, 0, 0), value[None])
 
+    def drop(hidden):
+        return hidden if kept is None else hidden * kept
+
     @ops.custom_gradient
     def run(projected, recurrent_kernel):
         nothing = ops.zeros((batch, units))
 
         def forward(step, carry):
             hidden, cell, hiddens, cells, gates = carry
-            total = get(projected, step) + ops.matmul(hidden, recurrent_kernel)
+            total = get(projected, step) + ops.matmul(drop(hidden), recurrent_kernel)
             i, f, g, o = ops.split(total, 4, axis=1)
             i, f, g, o = ops.sigmoid(i), ops.sigmoid(f), ops.tanh(g), ops.sigmoid(o)
             cell = f * cell + i * g
@@ -278,11 +297,12 @@ def run_lstm(projected, recurrent_kernel):
                     to_hidden * output * o * (1 - o),
                 ]
                 slope = ops.concatenate(slope, 1)
-                return ops.matmul(slope, transposed), to_cell * f, put(slopes, step, slope)
+                to_hidden = drop(ops.matmul(slope, transposed))
+                return to_hidden, to_cell * f, put(slopes, step, slope)
 
             carry = nothing, nothing, ops.zeros_like(gates)
             _, _, slopes = ops.fori_loop(0, steps, backward, carry)
-            before = ops.reshape(hiddens[:-1], (-1, units))
+            before = ops.reshape(drop(hiddens[:-1]), (-1, units))
             to_kernel = ops.matmul(ops.transpose(before), ops.reshape(slopes, (-1, 4 * units)))
             return slopes, to_kernel
 
@@ -291,7 +311,7 @@ def run_lstm(projected, recurrent_kernel):
     return run(projected, recurrent_kernel)
 
 
-def total_loss(network, rows, targets, training=False):
+def total_loss(network, rows, targets, predictions=None, training=False):
     """Returns how badly a network predicts a batch: what it is trained to lower.
 
     With `s` for the sentinel, the row `abc` is read as `sabc` and should be
@@ -303,6 +323,8 @@ def total_loss(network, rows, targets, training=False):
             least the largest number in `targets`.
         targets: int tensor `(batch,)`, as in `Corpus`: the steps of each row
             that count. 0 makes a row count for nothing.
+        predictions: float32 tensor `(batch, steps, alphabet)` or None, the
+            distributions to predict in place of the rows, as in `Corpus`.
         training: bool, whether dropout is on.
 
     Returns:
@@ -312,12 +334,15 @@ def total_loss(network, rows, targets, training=False):
 
     read = ops.pad(rows[:, :-1], [[0, 0], [1, 0]])
     predicted = network(ops.one_hot(read, network.input_shape[-1]), training=training)
-    nats = losses.sparse_categorical_crossentropy(rows, predicted)
+    if predictions is None:
+        nats = losses.sparse_categorical_crossentropy(rows, predicted)
+    else:
+        nats = losses.categorical_crossentropy(predictions, predicted)
     counts = ops.arange(ops.shape(rows)[1], dtype=targets.dtype) < targets[:, None]
     return ops.sum(ops.where(counts, nats, 0.0))
 
 
-def build_network(alphabet_size, units, layers, dropout, seed=None):
+def build_network(alphabet_size, units, layers, dropout, recurrent_dropout=0.0, seed=None):
     """Builds the Keras network, not compiled.
 
     One-hot `(batch, steps, alphabet)` → `layers` × [LSTM → Dropout] → softmax
@@ -330,6 +355,7 @@ def build_network(alphabet_size, units, layers, dropout, seed=None):
         layers: int, how many there are.
         dropout: float between 0 and 1, the share of each layer's outputs
             that is dropped while training.
+        recurrent_dropout: float between 0 and 1, as in `make_lstm`.
         seed: int or None, makes the initial weights and the dropout repeatable.
 
     Returns:
@@ -349,6 +375,7 @@ def build_network(alphabet_size, units, layers, dropout, seed=None):
     for layer in range(1, layers + 1):
         lstm = make_lstm(
             units,
+            recurrent_dropout,
             kernel_initializer=GlorotUniform(draw()),
             recurrent_initializer=Orthogonal(seed=draw()),
             seed=draw(),
@@ -597,6 +624,45 @@ class SequenceModel:
                 f"{len(prompt)} characters are more than the longest sequence has, {max_len}; "
                 "--max_len changes that"
             )
+
+
+def invent(models, count, steps, seed):
+    """Invents sequences of which the predictions of several models are known.
+
+    Each next character is drawn from the mean of the models' distributions.
+    No sequence is empty, since none that they learned from was.
+
+    Args:
+        models: list of `SequenceModel`, of one alphabet.
+        count: int, how many sequences.
+        steps: int, how many targets each has at most.
+        seed: what `numpy.random.default_rng` takes.
+
+    Returns:
+        A `Corpus` with those means as its predictions.
+    """
+    rng = np.random.default_rng(seed)
+    alphabet = models[0].alphabet
+    rows = np.zeros((count, steps), np.min_scalar_type(len(alphabet) - 1))
+    predictions = np.zeros((count, steps, len(alphabet)), np.float32)
+    states = [each.start(count) for each in models]
+    places = np.arange(count)  # those of the sequences that go on
+    ids = np.zeros(count, int)
+    for step in range(steps):
+        logits = [each.step(ids, state) for each, state in zip(models, states)]
+        mean = sum(map(distribution, logits)) / len(models)
+        if step == 0:
+            mean[:, 0] = 0
+            mean /= mean.sum(axis=1, keepdims=True)
+        predictions[places, step] = mean
+        ids = _choose(mean, rng.random(len(places)))
+        rows[places, step] = ids
+        going_on = np.flatnonzero(ids)
+        if not len(going_on):
+            break
+        places, ids = places[going_on], ids[going_on]
+        states = [state.take(going_on) for state in states]
+    return Corpus(alphabet, steps, rows, rows[:, -1] == 0, predictions)
 
 
 def batch_size(steps, characters):

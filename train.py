@@ -39,6 +39,7 @@ SETTINGS = (
     "units",
     "layers",
     "dropout",
+    "recurrent_dropout",
     "batch_size",
     "learning_rate",
     "validation_split",
@@ -108,6 +109,12 @@ def parse_arguments(arguments=None):
         default=0.3,
         help="share of each layer's outputs that is dropped while it learns",
     )
+    network.add_argument(
+        "--recurrent_dropout",
+        type=within(float, 0, 0.9),
+        default=0.0,
+        help="share of each layer's outputs that it does not itself read back while it learns",
+    )
 
     fit = parser.add_argument_group("fit")
     fit.add_argument("--batch_size", type=many, default=32, help="sequences a training step")
@@ -133,6 +140,14 @@ def parse_arguments(arguments=None):
         "--init_from",
         help="a model to start from instead of from nothing; characters that it does not know "
         "are added (default: none)",
+    )
+    file.add_argument(
+        "--teachers",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="models trained on this data with other --seed; what they predict together, for "
+        "sequences that they invent, is learned in place of the data (default: none)",
     )
     file.add_argument(
         "--log_dir",
@@ -186,6 +201,33 @@ def read_source(args):
     return source
 
 
+def read_teachers(args):
+    """Reads the models at `--teachers`.
+
+    Args:
+        args: the command line.
+
+    Returns:
+        List of `SequenceModel`, of one alphabet; empty without that flag.
+
+    Raises:
+        UserError: if one can't be read or has another alphabet than the first.
+    """
+    teachers = [model.load_for("--teachers", path)[0] for path in args.teachers]
+    for path, teacher in zip(args.teachers, teachers):
+        check_teacher(path, teacher, teachers[0].alphabet)
+    return teachers
+
+
+def check_teacher(path, teacher, alphabet):
+    """Raises a `UserError` if a model can't say how likely an alphabet's characters are."""
+    if teacher.alphabet.symbols != alphabet.symbols:
+        raise UserError(
+            f"--teachers: {path} has another alphabet or sentinel; name models that were trained "
+            "on this data, with this --sentinel"
+        )
+
+
 def read_corpus(args, characters=""):
     """Reads and encodes the data that the command line names.
 
@@ -228,15 +270,16 @@ def explain_sentinel(args, loader, error, characters):
     )
 
 
-def split(corpus, fraction, seed):
+def split(corpus, fraction):
     """Chooses the sequences that are held out to validate.
 
-    Equal sequences all go to the same side.
+    Equal sequences all go to the same side. The choice is random but always
+    the same, so that runs with different seeds compare, and none learns from
+    another what it is to be validated by.
 
     Args:
         corpus: `model.Corpus`.
         fraction: float, the share of the distinct sequences to hold out.
-        seed: int.
 
     Returns:
         Tuple `(training, held_out)` of two int arrays, the indices of their
@@ -246,7 +289,7 @@ def split(corpus, fraction, seed):
     kinds = number_kinds(corpus.rows)
     distinct = kinds.max() + 1
     count = min(round(fraction * distinct), distinct - 1)
-    chosen = np.random.default_rng(seed).permutation(distinct)[:count]
+    chosen = np.random.default_rng(0).permutation(distinct)[:count]
     held_out = np.isin(kinds, chosen)
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
@@ -318,17 +361,16 @@ def make_calls(corpus, chosen, batch_size, steps, lengths=None, seed=None):
             and the calls; None leaves the sequences as they are.
 
     Yields:
-        Tuple `(parts, count)`: a tuple of pairs `(rows, targets)`, the ids of
-        each part, an int array `(steps, part of the batch, length)`, and how
-        many targets each sequence gives, an int32 array `(steps, part of the
-        batch)`; and how many of the batches are real. Rows that are not, in
-        those or in the last real one, have no targets.
+        Tuple `(parts, count)`: a tuple of tuples `(rows, targets)`, the ids
+        of each part, an int array `(steps, part of the batch, length)`, and
+        how many targets each sequence gives, an int32 array `(steps, part of
+        the batch)`, or `(rows, targets, predictions)` if the corpus has any;
+        and how many of the batches are real. Rows that are not, in those or
+        in the last real one, have no targets.
     """
     rng = None if seed is None else np.random.default_rng(seed)
     order = chosen if rng is None else rng.permutation(chosen)
-    batch_size = min(batch_size, len(order))
     count = math.ceil(len(order) / batch_size)
-    steps = min(steps, count)
     order = np.append(order, np.zeros(count * batch_size - len(order), int))
     order = order.reshape(count, batch_size)
     targets = corpus.targets[order].astype(np.int32)
@@ -355,16 +397,41 @@ def make_calls(corpus, chosen, batch_size, steps, lengths=None, seed=None):
             kept = corpus.rows[order[part], :length]
             rows[: len(batches), :, : kept.shape[2]] = kept
             parts.append((rows, goals))
+            if corpus.predictions is not None:
+                wanted = np.zeros((*rows.shape, len(corpus.alphabet)), np.float32)
+                kept = corpus.predictions[order[part], :length]
+                wanted[: len(batches), :, : kept.shape[2]] = kept
+                parts[-1] += (wanted,)
         yield tuple(parts), np.int32(len(batches))
 
 
-def describe(args, corpus, source):
+def make_invented_calls(teachers, count, longest, batch_size, steps, lengths, seed):
+    """Does what `make_calls` does with sequences that models invent.
+
+    Args:
+        teachers: list of `SequenceModel`.
+        count: int, how many sequences to invent.
+        longest: int, how many targets each has at most.
+        batch_size, steps, lengths: as `make_calls` takes them.
+        seed: tuple of int.
+
+    Yields:
+        What `make_calls` yields.
+    """
+    for start in range(0, count, steps * batch_size):
+        now = min(steps * batch_size, count - start)
+        invented = model.invent(teachers, now, longest, (*seed, start))
+        yield from make_calls(invented, np.arange(now), batch_size, steps, lengths)
+
+
+def describe(args, corpus, source, teachers):
     """Returns the metadata of a run that has not begun: a dict for `model.save`.
 
     Args:
         args: the command line.
         corpus: `model.Corpus`.
         source: `SequenceModel` or None, the model that the run starts from.
+        teachers: list of `SequenceModel`, those that it imitates.
     """
     fingerprint = hashlib.sha256(corpus.alphabet.symbols.encode())
     fingerprint.update(corpus.rows)
@@ -378,6 +445,7 @@ def describe(args, corpus, source):
         "data": {"sequences": len(corpus), "sha256": fingerprint.hexdigest()},
         "settings": {name: getattr(args, name) for name in SETTINGS},
         "init_from": source and hash_arrays(source.weights),
+        "teachers": [hash_arrays(teacher.weights) for teacher in teachers],
         "epochs": args.epochs,
         "history": {"loss": [], "val_loss": []},
     }
@@ -408,6 +476,7 @@ def find_earlier_run(args, metadata):
     path = args.save_path
     try:
         inputs = {"--sequence_path": args.sequence_path, "--init_from": args.init_from}
+        inputs |= {f"--teachers ({teacher})": teacher for teacher in args.teachers}
         model.check_target(path, inputs)
     except ValueError as error:
         raise UserError(f"--save_path: {error}") from None
@@ -435,13 +504,14 @@ def find_difference(found, metadata):
         now, then = metadata["settings"][name], settings.get(name)
         if now != then:
             return f"was trained with --{name} {then!r}, not {now!r}"
-    if metadata["data"] != found.get("data"):
-        return "was trained on other data"
-    return (
-        None
-        if metadata["init_from"] == found.get("init_from")
-        else "was started from another model"
-    )
+    for name, difference in (
+        ("data", "was trained on other data"),
+        ("init_from", "was started from another model"),
+        ("teachers", "learned from other teachers"),
+    ):
+        if metadata[name] != found.get(name):
+            return difference
+    return None
 
 
 def is_history(value):
@@ -540,7 +610,12 @@ def prepare_network(args, corpus, training, steps, source=None):
     import keras
 
     network = model.build_network(
-        len(corpus.alphabet), args.units, args.layers, args.dropout, args.seed
+        len(corpus.alphabet),
+        args.units,
+        args.layers,
+        args.dropout,
+        args.recurrent_dropout,
+        args.seed,
     )
     rate = keras.optimizers.schedules.CosineDecay(args.learning_rate, steps)
     network.compile(
@@ -590,10 +665,15 @@ def extend_weights(weights, alphabet, source):
 
 
 def differentiate_by_hand(network, choice):
-    """Sets whether a network's layers use `model.run_lstm` to learn, a bool."""
-    for layer in network.layers:
-        if hasattr(layer, "by_hand"):
-            layer.by_hand = choice
+    """Makes a network's layers use `model.run_lstm` to learn, if they need to or a bool says so.
+
+    Returns:
+        Bool, whether they do.
+    """
+    layers = [layer for layer in network.layers if hasattr(layer, "by_hand")]
+    for layer in layers:
+        layer.by_hand |= choice
+    return layers[0].by_hand
 
 
 def compile_for_tensorflow(network, batch_size, scale):
@@ -618,7 +698,7 @@ def compile_for_tensorflow(network, batch_size, scale):
     units = network.layers[0].units
     little_or_wide = (units <= 64 and units * batch_size <= 4096) or units >= 256
     xla = little_or_wide and not tf.config.list_physical_devices("GPU")
-    differentiate_by_hand(network, xla)
+    xla = differentiate_by_hand(network, xla)
     variables = network.trainable_variables
 
     def learn_batch(parts):
@@ -634,7 +714,9 @@ def compile_for_tensorflow(network, batch_size, scale):
     def compiled(function, xla):
         def call(parts, count):
             def body(step, total):
-                return step + 1, total + function([(r[step], t[step]) for r, t in parts])
+                return step + 1, total + function(
+                    tf.nest.map_structure(lambda array: array[step], parts)
+                )
 
             return tf.while_loop(lambda step, total: step < count, body, (0, 0.0))[1]
 
@@ -674,7 +756,7 @@ def compile_for_jax(network, batch_size, scale):
     def loss_of(trainable, others, parts, training):
         mapping = [*zip(groups[0], trainable), *zip(groups[1], others)]
         with StatelessScope(state_mapping=mapping) as scope:
-            loss = sum(model.total_loss(network, *part, training) for part in parts)
+            loss = sum(model.total_loss(network, *part, training=training) for part in parts)
         return loss * scale, (loss, [scope.get_current_value(each) for each in groups[1]])
 
     def learn_batch(state, parts):
@@ -691,7 +773,7 @@ def compile_for_jax(network, batch_size, scale):
         def call(state, parts, count):
             def body(step, carry):
                 state, total = carry
-                state, loss = function(state, [(r[step], t[step]) for r, t in parts])
+                state, loss = function(state, jax.tree.map(lambda array: array[step], parts))
                 return state, total + loss
 
             return jax.lax.fori_loop(0, count, body, (state, 0.0))
@@ -714,7 +796,7 @@ def compile_for_jax(network, batch_size, scale):
 COMPILERS = {"tensorflow": compile_for_tensorflow, "jax": compile_for_jax}
 
 
-def fit(args, metadata, corpus, training, held_out, source, earlier):
+def fit(args, metadata, corpus, training, held_out, source, teachers, earlier):
     """Trains, saving after each epoch.
 
     Args:
@@ -723,6 +805,7 @@ def fit(args, metadata, corpus, training, held_out, source, earlier):
         corpus: `model.Corpus`.
         training, held_out: int arrays, as `split` returns them.
         source: `SequenceModel` or None, whose weights to start from.
+        teachers: list of `SequenceModel`, those to learn from, or empty.
         earlier: tuple `(weights, state)`, the best weights so far and the
             training state; or None if this run begins.
 
@@ -755,7 +838,11 @@ def fit(args, metadata, corpus, training, held_out, source, earlier):
         title = f"Epoch {epoch + 1}/{args.epochs}"
         seed = (args.seed, epoch)
         start = time.monotonic()
-        calls = make_calls(corpus, training, batch_size, steps, to_learn, seed)
+        if teachers:
+            plan = len(training), corpus.targets.max(), batch_size, steps, to_learn, seed
+            calls = make_invented_calls(teachers, *plan)
+        else:
+            calls = make_calls(corpus, training, batch_size, steps, to_learn, seed)
         losses = {"loss": pass_over(learn, calls, title, len(training))}
         rate = len(training) / (time.monotonic() - start)
         if len(held_out):
@@ -834,8 +921,8 @@ def pass_over(function, calls, title, total):
         nats += function(parts, count)
         if not math.isfinite(nats):
             break
-        targets += sum(int(goals.sum()) for _, goals in parts)
-        done += sum(np.count_nonzero(goals) for _, goals in parts)
+        targets += sum(int(part[1].sum()) for part in parts)
+        done += sum(np.count_nonzero(part[1]) for part in parts)
         now = time.monotonic()
         if now >= due:
             due = now + pause
@@ -930,11 +1017,14 @@ def run(args):
     """
     if os.environ.get("KERAS_BACKEND"):
         check_backend(os.environ["KERAS_BACKEND"])
-    source = read_source(args)
-    corpus = read_corpus(args, source.alphabet.symbols[1:] if source else "")
-    metadata = describe(args, corpus, source)
+    source, teachers = read_source(args), read_teachers(args)
+    known = [each.alphabet.symbols[1:] for each in (source, *teachers) if each]
+    corpus = read_corpus(args, "".join(sorted(set("".join(known)))))
+    if teachers:
+        check_teacher(args.teachers[0], teachers[0], corpus.alphabet)
+    metadata = describe(args, corpus, source, teachers)
     earlier = find_earlier_run(args, metadata)
-    training, held_out = split(corpus, args.validation_split, args.seed)
+    training, held_out = split(corpus, args.validation_split)
     print(
         f"Read {len(corpus):,} sequences, {np.count_nonzero(corpus.rows):,} characters, "
         f"an alphabet of {len(corpus.alphabet) - 1:,}, from {args.sequence_path}"
@@ -947,7 +1037,8 @@ def run(args):
             f"Cut to {metadata['max_len']} characters, because they were longer: "
             f"{np.count_nonzero(~corpus.complete):,} (--max_len)"
         )
-    print(f"Learning from {len(training):,}, holding out {len(held_out):,} to validate")
+    taught = f"{len(teachers)} models, inventing " if teachers else ""
+    print(f"Learning from {taught}{len(training):,}, holding out {len(held_out):,} to validate")
 
     if earlier:
         metadata["history"], *earlier = earlier
@@ -966,7 +1057,7 @@ def run(args):
         if done:
             print(f"Continuing {args.save_path} after epoch {done}")
         try:
-            fit(args, metadata, corpus, training, held_out, source, earlier)
+            fit(args, metadata, corpus, training, held_out, source, teachers, earlier)
         except (Exception, KeyboardInterrupt):
             if not stop_requested.is_set():
                 raise

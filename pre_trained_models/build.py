@@ -1,20 +1,29 @@
 """Makes what this folder holds, and the README's pictures, again.
 
     python pre_trained_models/build.py [NAME ...]
+    python pre_trained_models/build.py --check
 
-NAME is a model (english_words_5000.h5, user_names_10000.h5), a picture
-(sampled1.png, sampled2.png, sampled3.png) or the list english_words_5000.txt;
-without one everything is made. The pictures need matplotlib, for its font.
+A NAME is a list (english_words_5000.txt), a model (english_words_5000.h5,
+user_names_10000.h5), a picture (sampled1.png, sampled2.png, sampled3.png,
+next_character.png), held_out, which trains both models on nine tenths of their
+lists and puts their losses on the last tenth into the model card, or README.md,
+which puts the figures of the shipped files into it. Without one everything is
+made: 40 minutes on two cores. If that is stopped, the same command continues.
+The pictures need matplotlib. --check makes nothing, but fails if the lists or
+the figures in the card are not those of the shipped files.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import fcntl
 import os
 import pathlib
 import pty
+import re
 import select
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -23,46 +32,282 @@ import termios
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
 
-# The command line of train.py behind each model.
-RECIPES = {
-    "english_words_5000.h5": (
-        "--loader_class VocabularyLoader --sequence_path pre_trained_models/english_words_5000.txt "
-        "--num_sequences 5000 --sentinel ' ' --units 192 --layers 2 --dropout 0.4 "
-        "--batch_size 32 --learning_rate 0.01 --epochs 12 --validation_split 0"
-    ),
-    "user_names_10000.h5": (
-        "--loader_class UserNameLoader --sequence_path pre_trained_models/user_names_10000.csv "
-        "--num_sequences 10000 --units 192 --layers 2 --dropout 0.4 "
-        "--batch_size 32 --learning_rate 0.01 --epochs 8 --validation_split 0"
-    ),
+import model  # noqa: E402 - found by the line above
+from loaders import SequenceLoader, UserNameLoader  # noqa: E402
+
+WORDS, NAMES = "english_words_5000", "user_names_10000"
+CARD = HERE / "README.md"
+# Trained models wait here until all is made of them that has to be.
+WORKSHOP = HERE / ".build"
+# What each model learned from, and the flags of train.py: for reading it, for the teachers, of
+# which each has another --seed, and for the model that learns from them.
+LISTS = {WORDS: f"{WORDS}.txt", NAMES: f"{NAMES}.csv"}
+DATA = {
+    WORDS: "--loader_class VocabularyLoader --num_sequences 5000 --sentinel ' '",
+    NAMES: "--loader_class UserNameLoader --num_sequences 10000",
+}
+TEACHERS = 8
+TEACHER = {
+    WORDS: "--units 192 --layers 2 --dropout 0.4 --recurrent_dropout 0.2 --batch_size 16 "
+    "--learning_rate 0.01 --epochs 16 --validation_split 0",
+    NAMES: "--units 192 --layers 2 --dropout 0.4 --recurrent_dropout 0.2 --batch_size 16 "
+    "--learning_rate 0.01 --epochs 12 --validation_split 0",
+}
+STUDENT = {
+    WORDS: "--units 256 --layers 2 --dropout 0 --batch_size 32 --learning_rate 0.006 "
+    "--epochs 80 --validation_split 0",
+    NAMES: "--units 256 --layers 2 --dropout 0 --batch_size 32 --learning_rate 0.006 "
+    "--epochs 40 --validation_split 0",
 }
 # What is typed at the prompt in each picture.
 PICTURES = {"sampled1.png": "A", "sampled2.png": "Al", "sampled3.png": "Sta"}
+ALONG = ("question", "thinking", "although")
 SAMPLE = "sample.py --weights_path 'pre_trained_models/user_names_10000.h5'"
 COLUMNS = 96
+INVENT = "--prompt '' --num_samples 10000 --seed 0"
+TEMPERATURES = (0.5, 1, 1.5)
 
 
 def make_list(name, target):
-    """Writes the 5,000 most frequent English words by wordfreq, one a line."""
+    """Writes the 5,000 most frequent English words by wordfreq, one a line.
+
+    First the nine tenths that makemore learns from when it is given them, most
+    frequent first, then the tenth that it holds out, so that figures compare.
+    """
+    import numpy as np
     import wordfreq
 
     words = wordfreq.top_n_list("en", 5000)
-    target.write_text("".join(word + "\n" for word in words), encoding="utf-8")
+    # What torch.randperm gives after torch.manual_seed(3407).
+    bits = np.random.MT19937()
+    bits._legacy_seeding(3407)
+    order = list(range(len(words)))
+    for place in range(len(words) - 1):
+        other = place + int(bits.random_raw()) % (len(words) - place)
+        order[place], order[other] = order[other], order[place]
+    learned, held_out = sorted(order[:-500]), sorted(order[-500:])
+    lines = [words[index] + "\n" for index in learned + held_out]
+    target.write_text("".join(lines), encoding="utf-8")
 
 
 def make_model(name, target):
     """Trains a model and keeps of its file what others need: not what continuing would."""
     import h5py
 
+    stem = name.removesuffix(".h5")
+    trained = train(stem, HERE / LISTS[stem], WORKSHOP / stem)
+    with h5py.File(trained, "r") as source, h5py.File(target, "w", libver="latest") as copy:
+        for attribute, value in source.attrs.items():
+            copy.attrs[attribute] = value
+        source.copy("model_weights", copy)
+
+
+def commands(stem, path, folder):
+    """Returns what trains a model.
+
+    Args:
+        stem: str, `WORDS` or `NAMES`.
+        path: path-like, its list.
+        folder: path-like, where the models are kept.
+
+    Returns:
+        Tuple `(teachers, student)`: a list of command lines, each a list of
+        str, that may run at the same time, and the one to run after them.
+    """
+
+    def command(flags, save_path, *more):
+        reading = ["--sequence_path", str(path), *shlex.split(DATA[stem])]
+        return ["train.py", *reading, *shlex.split(flags), *more, "--save_path", str(save_path)]
+
+    paths = [f"{folder}/teacher_{seed}.h5" for seed in range(1, TEACHERS + 1)]
+    teachers = [
+        command(TEACHER[stem], path, "--seed", str(seed)) for seed, path in enumerate(paths, 1)
+    ]
+    return teachers, command(STUDENT[stem], f"{folder}/{stem}.h5", "--teachers", *paths)
+
+
+def train(stem, path, folder):
+    """Runs `commands` and returns the path of the trained model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    teachers, student = commands(stem, path, folder)
+    cores = len(os.sched_getaffinity(0))
+    # As many teachers at a time as there are cores are faster than one on all of them.
+    one = dict.fromkeys(("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"), "1")
+
+    def teach(command):
+        run(*command, env={**os.environ, **one}, stdout=subprocess.DEVNULL)
+        print(f"{stem}: trained {command[-1]}", flush=True)
+
+    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+        list(pool.map(teach, teachers))
+    run(*student)
+    return student[-1]
+
+
+def run(script, *arguments, **options):
+    """Runs a script of the project and returns the `subprocess.CompletedProcess`."""
+    command = [sys.executable, script, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, check=True, **options)
+
+
+def read_list(stem):
+    """Returns the sequences that a model is trained on, a list of str, in their file's order."""
+    path = HERE / LISTS[stem]
+    return list((UserNameLoader if path.suffix == ".csv" else SequenceLoader)(path))
+
+
+def score(weights_path, path):
+    """Returns what `sample.py --score` says, a float: nats per character of a list's sequences."""
+    flags = "--weights_path", weights_path, "--score", path, "--max_len", 64
+    process = run("sample.py", *flags, capture_output=True, text=True)
+    return float(re.search(r"([\d.]+) nats per character", process.stderr).group(1))
+
+
+def measure_held_out(stem):
+    """Trains a model on nine tenths of its list.
+
+    Returns:
+        Float, its loss on the last tenth in nats per character.
+    """
+    folder = WORKSHOP / f"{stem}_held_out"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = HERE / LISTS[stem]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    header = lines[:1] if path.suffix == ".csv" else []
+    most = len(header) + (len(lines) - len(header)) * 9 // 10
+    learned, rest = folder / f"learned{path.suffix}", folder / f"held_out{path.suffix}"
+    learned.write_text("".join(lines[:most]), encoding="utf-8")
+    rest.write_text("".join(header + lines[most:]), encoding="utf-8")
+    return score(train(stem, learned, folder), rest)
+
+
+def count_invented(texts, learned, known=()):
+    """Counts what is original in invented sequences.
+
+    Args:
+        texts: list of str.
+        learned: collection of str, those that were learned from.
+        known: collection of str, others that exist.
+
+    Returns:
+        Dict of the shares, floats, of those that are new, that is not empty
+        and not among the learned; that are different; that are empty; and of
+        the different new ones those that are known.
+    """
+    learned, known = set(learned), set(known)
+    new = [text for text in texts if text and text not in learned]
+    return {
+        "new": len(new) / len(texts),
+        "different": len(set(texts)) / len(texts),
+        "empty": texts.count("") / len(texts),
+        "known": len(set(new) & known) / len(set(new)),
+    }
+
+
+def read_known_words():
+    """Returns the 300,000 most frequent English words by wordfreq, a list of str."""
+    import wordfreq
+
+    return wordfreq.top_n_list("en", 300_000)
+
+
+def describe_shipped():
+    """Returns the part of the card that shows the shipped files' figures and samples, a str."""
+    columns = []
+    for stem in (WORDS, NAMES):
+        weights_path = f"pre_trained_models/{stem}.h5"
+        flags = ["--weights_path", weights_path, *shlex.split(INVENT)]
+        texts = run("sample.py", *flags, capture_output=True, encoding="utf-8").stdout
+        known = read_known_words() if stem == WORDS else ()
+        shares = count_invented(texts.split("\n")[:-1], read_list(stem), known)
+        trained, metadata = model.load(HERE / f"{stem}.h5")
+        columns.append(
+            [
+                f"{stem}.h5",
+                f"{(HERE / LISTS[stem]).name}",
+                f"{metadata['data']['sequences']:,}",
+                f"{len(trained.alphabet) - 1} characters",
+                f"{metadata['layers']} × LSTM {metadata['units']}",
+                f"{sum(array.size for array in trained.weights):,}",
+                f"{score(weights_path, HERE / LISTS[stem]):.3f}",
+                f"{shares['new']:.1%}",
+                f"{shares['different']:.1%}",
+                f"{shares['empty']:.2%}",
+                f"{shares['known']:.1%}" if known else "",
+            ]
+        )
+    names = [
+        "",
+        "learned from",
+        "sequences",
+        "alphabet, without the sentinel",
+        "network",
+        "parameters",
+        "loss on what it learned, nats per character",
+        "of 10,000 invented: new, not in the list",
+        "different",
+        "empty",
+        "of the different new ones: among the 300,000 most frequent",
+    ]
+    rows = [f"| {' | '.join(row)} |" for row in zip(names, *columns)]
+    rows.insert(1, "|---|---|---|")
+    for stem in (WORDS, NAMES):
+        rows += ["", f"`{stem}.h5`:", ""]
+        for temperature in TEMPERATURES:
+            flags = f"--prompt '' --num_samples 12 --seed 1 --temperature {temperature}"
+            command = ["--weights_path", f"pre_trained_models/{stem}.h5", *shlex.split(flags)]
+            texts = run("sample.py", *command, capture_output=True, encoding="utf-8").stdout
+            rows.append(f"- at temperature {temperature}: `{'  '.join(texts.split())}`")
+    return "\n".join(rows)
+
+
+def describe_held_out():
+    """Trains on nine tenths of each list and returns the part of the card about it, a str."""
+    losses = [measure_held_out(stem) for stem in (WORDS, NAMES)]
+    return f"English words {losses[0]:.3f}, user names {losses[1]:.3f} nats per character"
+
+
+def rewrite_card(card, part, text):
+    """Returns a card, a str, in which what stands between two marks is replaced by a text."""
+    begin, end = f"<!-- {part} -->\n", f"\n<!-- end of {part} -->"
+    head, rest = card.split(begin)
+    return head + begin + text + end + rest.split(end)[1]
+
+
+def make_card(name, target):
+    """Puts the figures of the shipped files, or those held out, into the card."""
+    part, describe = CARD_PARTS[name]
+    card = CARD.read_text(encoding="utf-8")
+    target.write_text(rewrite_card(card, part, describe()), encoding="utf-8")
+
+
+CARD_PARTS = {
+    "README.md": ("shipped files", describe_shipped),
+    "held_out": ("held out", describe_held_out),
+}
+
+
+def check():
+    """Returns what is wrong with the shipped files, a str, or None."""
     with tempfile.TemporaryDirectory() as folder:
-        trained = os.path.join(folder, name)
-        command = ["train.py", *shlex.split(RECIPES[name]), "--save_path", trained]
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-        with h5py.File(trained, "r") as source, h5py.File(target, "w", libver="latest") as copy:
-            for attribute, value in source.attrs.items():
-                copy.attrs[attribute] = value
-            source.copy("model_weights", copy)
+        words = pathlib.Path(folder) / "words.txt"
+        make_list(words.name, words)
+        if words.read_bytes() != (HERE / LISTS[WORDS]).read_bytes():
+            return f"{LISTS[WORDS]} is not the list that wordfreq gives"
+    card = CARD.read_text(encoding="utf-8")
+    said, found = card, rewrite_card(card, "shipped files", describe_shipped())
+    for line, other in zip(said.split("\n"), found.split("\n"), strict=True):
+        # Sums are rounded differently elsewhere, which changes few sequences in 100,000.
+        parts, others = (re.split(r"(\d+\.\d+)", text) for text in (line, other))
+        same = parts[::2] == others[::2] and all(
+            abs(float(number) - float(again)) < 1.5 * 10.0 ** -len(number.split(".")[1])
+            for number, again in zip(parts[1::2], others[1::2])
+        )
+        if not same:
+            return f"the card says\n  {line}\nbut the files give\n  {other}"
+    return None
 
 
 def record(prompt):
@@ -163,24 +408,63 @@ def make_picture(name, target):
     image.quantize(16).save(target, format="PNG", optimize=True)
 
 
+def draw_next_characters(name, target):
+    """Draws what the words model expects after each letter of some words."""
+    from matplotlib import pyplot
+
+    trained, _ = model.load(HERE / f"{WORDS}.h5")
+    shown = 6
+    figure, axes = pyplot.subplots(1, len(ALONG), figsize=(12, 3.2), layout="constrained")
+    for axis, word in zip(axes, ALONG):
+        probabilities = model.distribution(trained.read(word)[0])
+        best = probabilities.argsort(axis=1)[:, ::-1][:, :shown]
+        shades = [row[ids] for row, ids in zip(probabilities, best)]
+        axis.imshow(list(zip(*shades)), cmap="Greys", vmin=0, vmax=1)
+        for step, ids in enumerate(best):
+            for place, index in enumerate(ids):
+                symbol = trained.alphabet.symbols[index] if index else "end"
+                color = "white" if shades[step][place] > 0.5 else "black"
+                came = symbol == [*word, "end"][step]
+                weight, size = ("bold", 13) if came else ("normal", 11)
+                style = {"ha": "center", "va": "center", "weight": weight}
+                size = 8 if symbol == "end" else size
+                axis.text(step, place, symbol, color=color, size=size, **style)
+        axis.set_xticks(range(len(word) + 1), ["start", *word])
+        axis.set_yticks(range(shown), range(1, shown + 1))
+        axis.xaxis.tick_top()
+        axis.tick_params(length=0)
+    figure.savefig(target, format="png", dpi=130)
+    pyplot.close(figure)
+
+
 def main():
     """Runs the command line."""
-    makers = {"english_words_5000.txt": (HERE, make_list)}
-    makers |= dict.fromkeys(RECIPES, (HERE, make_model))
+    makers = {LISTS[WORDS]: (HERE, make_list)}
+    makers |= {f"{stem}.h5": (HERE, make_model) for stem in (WORDS, NAMES)}
     makers |= dict.fromkeys(PICTURES, (ROOT, make_picture))
+    makers["next_character.png"] = (HERE, draw_next_characters)
+    makers |= dict.fromkeys(CARD_PARTS, (HERE, make_card))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", default=list(makers))
-    names = parser.parse_args().names
-    for name in names:
+    parser.add_argument("--check", action="store_true", help="make nothing, but check the card")
+    args = parser.parse_args()
+    for name in args.names:
         if name not in makers:
             parser.error(f"{name} is not among {', '.join(makers)}")
-    for name in names:
+    if args.check:
+        wrong = check()
+        sys.exit(f"build.py: {wrong}" if wrong else 0)
+    for name in args.names:
         folder, make = makers[name]
-        temporary = folder / f"{name}.tmp"
-        make(name, temporary)
-        os.replace(temporary, folder / name)
+        with tempfile.TemporaryDirectory() as made:
+            target = pathlib.Path(made) / name
+            make(name, target)
+            place = CARD if name in CARD_PARTS else folder / name
+            with model.replacing(place) as file:
+                file.write(target.read_bytes())
+    shutil.rmtree(WORKSHOP, ignore_errors=True)
 
 
 if __name__ == "__main__":

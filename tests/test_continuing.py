@@ -67,10 +67,19 @@ def check_file(folder):
         assert model.load_training_state(path)
 
 
-@pytest.mark.parametrize("flags", [[], ["--units", 96, "--num_sequences", 290]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--units", 96, "--num_sequences", 290],  # not compiled by XLA, as the first is
+        ["--recurrent_dropout", 0.2, "--teachers", "teacher.h5"],
+    ],
+)
 def test_a_killed_run_continues_to_the_same_bits(tmp_path, flags):
-    # Of the widths one is compiled by XLA, the other is not.
     write_sequences(tmp_path)
+    if "--teachers" in flags:
+        teacher = run("train.py", "--epochs", 1, "--save_path", "teacher.h5", cwd=tmp_path)
+        assert teacher.returncode == 0
     command = ["train.py", *COMMAND, *flags]
     assert run(*command, "--save_path", "undisturbed.h5", cwd=tmp_path).returncode == 0
     assert kill_once(tmp_path, "Epoch 3", 0, flags) == -signal.SIGKILL

@@ -1,3 +1,4 @@
+import collections
 import json
 import math
 import os
@@ -54,6 +55,56 @@ def test_the_loss_is_the_sum_over_characters_and_ends():
         targets = np.array([*corpus.targets, 0], np.int32)
         loss = model.total_loss(network, rows, targets)
         assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_the_gradient_worked_out_by_hand_is_that_of_the_plain_recurrence(dropped):
+    import tensorflow as tf
+
+    rng = np.random.default_rng(0)
+    steps, batch, units = 5, 3, 4
+    projected, weights = (
+        tf.constant(rng.standard_normal(shape), "float32")
+        for shape in [(steps, batch, 4 * units), (steps, batch, units)]
+    )
+    kernel = tf.constant(rng.standard_normal((units, 4 * units)), "float32")
+    kept = tf.constant(rng.choice([0, 2], (batch, units)), "float32") if dropped else None
+
+    def plain(projected, kernel, kept):
+        hidden = cell = tf.zeros((batch, units))
+        outputs = []
+        for step in range(steps):
+            read = hidden if kept is None else hidden * kept
+            i, f, g, o = tf.split(projected[step] + read @ kernel, 4, axis=1)
+            cell = tf.sigmoid(f) * cell + tf.sigmoid(i) * tf.tanh(g)
+            hidden = tf.sigmoid(o) * tf.tanh(cell)
+            outputs.append(hidden)
+        return tf.stack(outputs)
+
+    def differentiate(function):
+        with tf.GradientTape() as tape:
+            tape.watch([projected, kernel])
+            outputs = function(projected, kernel, kept)
+            total = tf.reduce_sum(outputs * weights)
+        return [outputs, *tape.gradient(total, [projected, kernel])]
+
+    for ours, theirs in zip(differentiate(model.run_lstm), differentiate(plain)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_recurrent_dropout_is_for_training_and_for_what_is_read_back(share):
+    import tensorflow as tf
+
+    network = model.build_network(5, 64, 1, dropout=0.0, recurrent_dropout=share, seed=0)
+    ids = np.eye(5, dtype=np.float32)[[[0, 1, 2, 3]] * 2]
+    lstm = network.layers[0]
+    lstm.by_hand = True
+    compiled = tf.function(lstm, jit_compile=True)
+    calm, first, second = (compiled(ids, training=choice).numpy() for choice in (False, True, True))
+    np.testing.assert_allclose(calm[:, 0], first[:, 0], atol=1e-6)  # nothing to read back yet
+    for one, other in ((calm, first), (first, second), (first[0], first[1])):
+        assert np.allclose(one, other, atol=1e-6) == (share == 0)
 
 
 def test_characters_that_are_given_are_in_the_alphabet():
@@ -214,6 +265,35 @@ def test_whole_sequences_follow_the_distribution():
     texts = list(invented.sample(count=30_000, seed=3))
     assert set(texts) <= set(probabilities)
     assert_frequencies([texts.count(text) for text in probabilities], list(probabilities.values()))
+
+
+def test_invented_sequences_come_with_the_predictions_they_were_drawn_from():
+    models = [random_model("\nab", max_len=3, seed=seed) for seed in (0, 1)]
+    corpus = model.invent(models, 20_000, 4, seed=3)
+    texts = [corpus.alphabet.decode(row[row > 0]) for row in corpus.rows]
+    probabilities = {"": 1.0}
+    expected = {}
+    for _ in range(4):
+        longer = {}
+        for text, share in probabilities.items():
+            mean = sum(model.distribution(each.read(text)[0][-1]) for each in models) / 2
+            if not text:
+                mean = np.array([0, *mean[1:]]) / mean[1:].sum()
+            first = texts.index(text) if text in texts else None
+            if first is not None:
+                np.testing.assert_allclose(corpus.predictions[first, len(text)], mean, atol=1e-6)
+            expected[text] = share * mean[0]
+            longer |= {text + symbol: share * p for symbol, p in zip("ab", mean[1:])}
+        probabilities = longer
+    expected |= probabilities  # cut, since four targets are all they may have
+    counts = collections.Counter(texts)
+    assert_frequencies([counts[text] for text in expected], list(expected.values()))
+    for text, targets, complete in zip(texts, corpus.targets, corpus.complete):
+        assert complete == (len(text) < 4)
+        assert targets == len(text) + complete
+    again = model.invent(models, 20_000, 4, seed=3)
+    assert again.rows.tobytes() == corpus.rows.tobytes()
+    assert again.predictions.tobytes() == corpus.predictions.tobytes()
 
 
 def test_temperature_0_takes_the_likeliest_and_near_0_tends_to_it():

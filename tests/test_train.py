@@ -64,7 +64,7 @@ def test_the_contract_command_tells_what_it_does_and_nothing_else(trained):
     losses = [float(loss) for loss in re.findall(r"- loss: ([\d.]+)", output)]
     held_out = [float(loss) for loss in re.findall(r"val_loss: ([\d.]+)", output)]
     assert len(losses) == len(held_out) == len(re.findall("^Epoch ", output, re.M)) == 10
-    assert len(re.findall(r" - [\d,]+ sequences/s - 0:00:\d\d left$", output, re.M)) == 10
+    assert len(re.findall(r" - [\d,]+ sequences/s - 0:\d\d:\d\d left$", output, re.M)) == 10
     assert losses[-1] < losses[0]
     best = held_out.index(min(held_out)) + 1
     assert f"h5 holds epoch {best}: validation loss {min(held_out):.4f} nats" in output
@@ -87,7 +87,7 @@ def test_the_loss_is_the_mean_over_characters_and_ends(trained):
     folder, _ = trained
     with open(folder / "sequences.txt", encoding="utf-8") as file:
         corpus = model.encode(file.read().split("\n"), sentinel=" ", max_len=8)
-    _, held_out = train.split(corpus, 0.1, seed=0)
+    _, held_out = train.split(corpus, 0.1)
     ours, metadata = model.load(folder / "incognito_model.h5")
     total = count = 0
     for row, complete in zip(corpus.rows[held_out], corpus.complete[held_out]):
@@ -262,7 +262,7 @@ def test_help_shows_every_flag_with_its_default(folder):
     for flag in re.findall(r"--\w+", CONTRACT):
         assert flag in process.stdout
     shown = " ".join(process.stdout.split())
-    assert shown.count("(default: ") == 18
+    assert shown.count("(default: ") == 20
     assert "example:" in shown
 
 
@@ -407,17 +407,16 @@ def test_the_held_out_part_is_a_share_of_the_distinct_sequences():
     rng = np.random.default_rng(0)
     sequences = ["".join(rng.choice(list("abcd"), 4)) for _ in range(2000)]
     corpus = model.encode(sequences)
-    parts = train.split(corpus, 0.1, seed=3)
+    parts = train.split(corpus, 0.1)
     assert sorted(np.concatenate(parts)) == list(range(2000))
     kinds = [{row.tobytes() for row in corpus.rows[part]} for part in parts]
     assert not kinds[0] & kinds[1]
     assert len(kinds[1]) == round(0.1 * len(set(sequences)))
-    assert train.split(corpus, 0.1, seed=3)[1].tobytes() == parts[1].tobytes()
-    assert train.split(corpus, 0.1, seed=4)[1].tobytes() != parts[1].tobytes()
-    assert len(train.split(corpus, 0, seed=3)[1]) == 0
-    assert len(train.split(model.encode(["a", "a"]), 0.9, seed=3)[1]) == 0
-    assert len(train.split(model.encode(["a", "b"]), 0.1, seed=3)[1]) == 0
-    assert len(train.split(model.encode(["a", "b"]), 0.5, seed=3)[1]) == 1
+    assert train.split(corpus, 0.1)[1].tobytes() == parts[1].tobytes()
+    assert len(train.split(corpus, 0)[1]) == 0
+    assert len(train.split(model.encode(["a", "a"]), 0.9)[1]) == 0
+    assert len(train.split(model.encode(["a", "b"]), 0.1)[1]) == 0
+    assert len(train.split(model.encode(["a", "b"]), 0.5)[1]) == 1
 
 
 # How it learns
@@ -522,7 +521,7 @@ def test_a_pass_takes_each_sequence_once_and_pads_little():
         seen, padded = [], 0
         for parts, count in train.make_calls(corpus, chosen, batch_size, steps, None, seed):
             width = sum(targets.shape[1] for _, targets in parts)
-            assert width == min(batch_size, 777)
+            assert width == batch_size
             for rows, targets in parts:
                 padded += rows[:count].size
                 assert not targets[count:].any()
@@ -655,6 +654,61 @@ def test_a_model_is_tuned_on_other_data_into_another_file(tmp_path):
     assert_one_line_error(without, "train.py")
 
 
+# Learning from models
+
+
+def test_a_model_learns_what_its_teachers_predict_together(tmp_path):
+    texts = ["".join(word) for word in itertools.product("abc", repeat=3)]
+    (tmp_path / "sequences.txt").write_text("\n".join(texts), encoding="utf-8")
+    teachers = [random_model("\nabc", units=4, layers=1, seed=seed) for seed in (1, 2)]
+    corpus = model.encode(texts)
+    arguments = ["--units", "4", "--layers", "1", "--save_path"]
+    for number, teacher in enumerate(teachers):
+        path = str(tmp_path / f"teacher{number}.h5")
+        _, args = train.parse_arguments([*arguments, path])
+        train.import_keras()
+        network = train.prepare_network(args, corpus, np.arange(27), 1)
+        metadata = train.describe(args, corpus, None, [])
+        model.save(path, network, teacher.weights, metadata)
+    process = run(
+        *["train.py", "--teachers", "teacher0.h5", "teacher1.h5", "--units", 24, "--dropout", 0],
+        *["--epochs", 1500, "--validation_split", 0, "--layers", 1],
+        cwd=tmp_path,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "Learning from 2 models, inventing 27, holding out 0" in process.stdout
+    student, _ = model.load(tmp_path / "incognito_model.h5")
+    divergence = []
+    for text in ["", *texts, *(text[:2] for text in texts)]:
+        mean = sum(model.distribution(each.read(text)[0][-1]) for each in teachers) / 2
+        if not text:  # no sequence is empty
+            mean[0] = 0
+            mean /= mean.sum()
+        ours = model.distribution(student.read(text)[0][-1])
+        divergence.append((mean * np.log(np.maximum(mean, 1e-9) / ours)).sum())
+    assert max(divergence) < 0.05
+    assert np.mean(divergence) < 0.005
+
+
+def test_models_that_can_not_teach_are_named(finished):
+    words = PRE_TRAINED / "english_words_5000.h5"
+    path = finished / "incognito_model.h5"
+    before = path.read_bytes()
+    for flags, message in {
+        (words,): f"--teachers: {words} has another alphabet or sentinel; name models",
+        (path, words): f"--teachers: {words} has another alphabet or sentinel; name models",
+        ("none.h5",): "--teachers: can't read none.h5: No such file",
+        ("sequences.txt",): "--teachers: sequences.txt is not a model",
+        (path, "--save_path", path): f"--save_path: {path} is the file of --teachers",
+        (path, "--save_path", finished / "copy.h5"): "copy.h5 learned from other teachers; pass",
+    }.items():
+        (finished / "copy.h5").write_bytes(before)
+        process = run("train.py", *SMALL, "--teachers", *flags, cwd=finished)
+        assert_one_line_error(process, "train.py")
+        assert message in process.stderr
+        assert path.read_bytes() == (finished / "copy.h5").read_bytes() == before
+
+
 # What people watch
 
 
@@ -662,7 +716,7 @@ def test_invented_sequences_are_known_or_new(trained):
     folder, process = trained
     words = (folder / "sequences.txt").read_text(encoding="utf-8").split("\n")
     corpus = model.encode(words, " ", 8)
-    learned = {words[index][:8] for index in train.split(corpus, 0.1, seed=0)[0]}
+    learned = {words[index][:8] for index in train.split(corpus, 0.1)[0]}
     found = {
         name: {
             text
