@@ -28,6 +28,7 @@ The same command again continues where the file at --save_path stands, and so
 does a larger --epochs. Ctrl-C stops; what the last whole epoch learned is kept.
 """
 
+REUSE = 4  # how many calls learn from what teachers have invented for the first of them
 NOTHING_SAVED = "nothing new was saved"
 # Set by Ctrl-C, since a library can make another error of a KeyboardInterrupt or drop it.
 stop_requested = threading.Event()
@@ -418,10 +419,13 @@ def make_invented_calls(teachers, count, longest, batch_size, steps, lengths, se
     Yields:
         What `make_calls` yields.
     """
-    for start in range(0, count, steps * batch_size):
-        now = min(steps * batch_size, count - start)
-        invented = model.invent(teachers, now, longest, (*seed, start))
-        yield from make_calls(invented, np.arange(now), batch_size, steps, lengths)
+    size = steps * batch_size
+    for number, start in enumerate(range(0, count, size)):
+        now = min(size, count - start)
+        # To invent sequences is more work than to learn from them, and they are not used up by it.
+        if number % REUSE == 0:
+            invented = model.invent(teachers, now, longest, (*seed, number))
+        yield from make_calls(invented, np.arange(now), batch_size, steps, lengths, (*seed, number))
 
 
 def describe(args, corpus, source, teachers):

@@ -48,25 +48,23 @@ DATA = {
     WORDS: "--loader_class VocabularyLoader --num_sequences 5000 --sentinel ' '",
     NAMES: "--loader_class UserNameLoader --num_sequences 10000",
 }
-TEACHERS = 8
+TEACHERS = 6
 TEACHER = {
-    WORDS: "--units 192 --layers 2 --dropout 0.4 --recurrent_dropout 0.2 --batch_size 16 "
+    WORDS: "--units 320 --layers 2 --dropout 0.3 --recurrent_dropout 0.3 --batch_size 16 "
     "--learning_rate 0.01 --epochs 16 --validation_split 0",
-    NAMES: "--units 192 --layers 2 --dropout 0.4 --recurrent_dropout 0.2 --batch_size 16 "
-    "--learning_rate 0.01 --epochs 12 --validation_split 0",
+    NAMES: "--units 256 --layers 2 --dropout 0.3 --recurrent_dropout 0.2 --batch_size 16 "
+    "--learning_rate 0.01 --epochs 10 --validation_split 0",
 }
 STUDENT = {
-    WORDS: "--units 256 --layers 2 --dropout 0 --batch_size 32 --learning_rate 0.006 "
-    "--epochs 80 --validation_split 0",
-    NAMES: "--units 256 --layers 2 --dropout 0 --batch_size 32 --learning_rate 0.006 "
-    "--epochs 40 --validation_split 0",
+    WORDS: "--dropout 0 --batch_size 32 --learning_rate 0.004 --epochs 40 --validation_split 0",
+    NAMES: "--dropout 0 --batch_size 32 --learning_rate 0.004 --epochs 18 --validation_split 0",
 }
 # What is typed at the prompt in each picture.
 PICTURES = {"sampled1.png": "A", "sampled2.png": "Al", "sampled3.png": "Sta"}
 ALONG = ("question", "thinking", "although")
 SAMPLE = "sample.py --weights_path 'pre_trained_models/user_names_10000.h5'"
 COLUMNS = 96
-INVENT = "--prompt '' --num_samples 10000 --seed 0"
+INVENT = "--num_samples 10000 --seed 0"
 TEMPERATURES = (0.5, 1, 1.5)
 
 
@@ -104,52 +102,51 @@ def make_model(name, target):
         source.copy("model_weights", copy)
 
 
-def commands(stem, path, folder):
-    """Returns what trains a model.
+def commands(stem, path, folder, seed):
+    """Returns what trains a model, in two steps.
 
     Args:
         stem: str, `WORDS` or `NAMES`.
-        path: path-like, its list.
-        folder: path-like, where the models are kept.
+        path: str, its list.
+        folder: str, where the models are kept, with a slash at its end.
+        seed: what the first command's `--seed` is.
 
     Returns:
-        Tuple `(teachers, student)`: a list of command lines, each a list of
-        str, that may run at the same time, and the one to run after them.
+        Tuple of two command lines, both str: that of a teacher, and that of
+        the model that learns from all teachers.
     """
-
-    def command(flags, save_path, *more):
-        reading = ["--sequence_path", str(path), *shlex.split(DATA[stem])]
-        return ["train.py", *reading, *shlex.split(flags), *more, "--save_path", str(save_path)]
-
-    paths = [f"{folder}/teacher_{seed}.h5" for seed in range(1, TEACHERS + 1)]
-    teachers = [
-        command(TEACHER[stem], path, "--seed", str(seed)) for seed, path in enumerate(paths, 1)
-    ]
-    return teachers, command(STUDENT[stem], f"{folder}/{stem}.h5", "--teachers", *paths)
+    reading = f"python train.py --sequence_path {path} {DATA[stem]}"
+    return (
+        f"{reading} {TEACHER[stem]} --seed {seed} --save_path {folder}teacher_{seed}.h5",
+        f"{reading} {STUDENT[stem]} --init_from {folder}teacher_1.h5 "
+        f"--teachers {folder}teacher_?.h5 --save_path {folder}{stem}.h5",
+    )
 
 
 def train(stem, path, folder):
-    """Runs `commands` and returns the path of the trained model."""
+    """Runs `commands` in a folder that is made and returns the path of the trained model."""
     folder.mkdir(parents=True, exist_ok=True)
-    teachers, student = commands(stem, path, folder)
-    cores = len(os.sched_getaffinity(0))
+    places = str(path.relative_to(ROOT)), f"{folder.relative_to(ROOT)}/"
     # As many teachers at a time as there are cores are faster than one on all of them.
     one = dict.fromkeys(("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"), "1")
 
-    def teach(command):
-        run(*command, env={**os.environ, **one}, stdout=subprocess.DEVNULL)
-        print(f"{stem}: trained {command[-1]}", flush=True)
+    def teach(seed):
+        command, _ = commands(stem, *places, seed)
+        run(command, env={**os.environ, **one}, stdout=subprocess.DEVNULL)
+        print(f"{folder.name}: teacher {seed} of {TEACHERS} is trained", flush=True)
 
-    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
-        list(pool.map(teach, teachers))
-    run(*student)
-    return student[-1]
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(teach, range(1, TEACHERS + 1)))
+    _, command = commands(stem, *places, None)
+    run(command)
+    return folder / f"{stem}.h5"
 
 
-def run(script, *arguments, **options):
-    """Runs a script of the project and returns the `subprocess.CompletedProcess`."""
-    command = [sys.executable, script, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, check=True, **options)
+def run(command, **options):
+    """Runs a command line, a str that starts with `python`, for `subprocess.run`."""
+    python = shlex.quote(sys.executable)
+    command = python + command.removeprefix("python")
+    return subprocess.run(command, shell=True, cwd=ROOT, check=True, encoding="utf-8", **options)
 
 
 def read_list(stem):
@@ -160,9 +157,15 @@ def read_list(stem):
 
 def score(weights_path, path):
     """Returns what `sample.py --score` says, a float: nats per character of a list's sequences."""
-    flags = "--weights_path", weights_path, "--score", path, "--max_len", 64
-    process = run("sample.py", *flags, capture_output=True, text=True)
-    return float(re.search(r"([\d.]+) nats per character", process.stderr).group(1))
+    command = f"python sample.py --weights_path {weights_path} --score {path} --max_len 64"
+    said = run(command, capture_output=True).stderr
+    return float(re.search(r"([\d.]+) nats per character", said).group(1))
+
+
+def invent(stem, flags):
+    """Returns what `sample.py` prints when it is asked with these flags, a list of str."""
+    command = f"python sample.py --weights_path pre_trained_models/{stem}.h5 --prompt '' {flags}"
+    return run(command, stdout=subprocess.PIPE).stdout.split("\n")[:-1]
 
 
 def measure_held_out(stem):
@@ -180,7 +183,7 @@ def measure_held_out(stem):
     learned, rest = folder / f"learned{path.suffix}", folder / f"held_out{path.suffix}"
     learned.write_text("".join(lines[:most]), encoding="utf-8")
     rest.write_text("".join(header + lines[most:]), encoding="utf-8")
-    return score(train(stem, learned, folder), rest)
+    return score(train(stem, learned, folder).relative_to(ROOT), rest.relative_to(ROOT))
 
 
 def count_invented(texts, learned, known=()):
@@ -214,30 +217,7 @@ def read_known_words():
 
 
 def describe_shipped():
-    """Returns the part of the card that shows the shipped files' figures and samples, a str."""
-    columns = []
-    for stem in (WORDS, NAMES):
-        weights_path = f"pre_trained_models/{stem}.h5"
-        flags = ["--weights_path", weights_path, *shlex.split(INVENT)]
-        texts = run("sample.py", *flags, capture_output=True, encoding="utf-8").stdout
-        known = read_known_words() if stem == WORDS else ()
-        shares = count_invented(texts.split("\n")[:-1], read_list(stem), known)
-        trained, metadata = model.load(HERE / f"{stem}.h5")
-        columns.append(
-            [
-                f"{stem}.h5",
-                f"{(HERE / LISTS[stem]).name}",
-                f"{metadata['data']['sequences']:,}",
-                f"{len(trained.alphabet) - 1} characters",
-                f"{metadata['layers']} × LSTM {metadata['units']}",
-                f"{sum(array.size for array in trained.weights):,}",
-                f"{score(weights_path, HERE / LISTS[stem]):.3f}",
-                f"{shares['new']:.1%}",
-                f"{shares['different']:.1%}",
-                f"{shares['empty']:.2%}",
-                f"{shares['known']:.1%}" if known else "",
-            ]
-        )
+    """Returns the part of the card that the recipe and the shipped files decide, a str."""
     names = [
         "",
         "learned from",
@@ -251,16 +231,43 @@ def describe_shipped():
         "empty",
         "of the different new ones: among the 300,000 most frequent",
     ]
-    rows = [f"| {' | '.join(row)} |" for row in zip(names, *columns)]
-    rows.insert(1, "|---|---|---|")
+    columns, rows = [], []
     for stem in (WORDS, NAMES):
-        rows += ["", f"`{stem}.h5`:", ""]
+        path = f"pre_trained_models/{LISTS[stem]}"
+        known = read_known_words() if stem == WORDS else ()
+        shares = count_invented(invent(stem, INVENT), read_list(stem), known)
+        trained, metadata = model.load(HERE / f"{stem}.h5")
+        columns.append(
+            [
+                f"{stem}.h5",
+                LISTS[stem],
+                f"{metadata['data']['sequences']:,}",
+                f"{len(trained.alphabet) - 1} characters",
+                f"{metadata['layers']} × LSTM {metadata['units']}",
+                f"{sum(array.size for array in trained.weights):,}",
+                f"{score(f'pre_trained_models/{stem}.h5', path):.3f}",
+                f"{shares['new']:.1%}",
+                f"{shares['different']:.1%}",
+                f"{shares['empty']:.1%}",
+                f"{shares['known']:.1%}" if known else "",
+            ]
+        )
+        teacher, student = commands(stem, path, "", "$seed")
+        seeds = " ".join(map(str, range(1, TEACHERS + 1)))
+        rows += ["", f"`{stem}.h5`, made by", ""]
+        rows += [f"    for seed in {seeds}; do {teacher}; done", f"    {student}"]
+        rows += ["", "invents", ""]
         for temperature in TEMPERATURES:
-            flags = f"--prompt '' --num_samples 12 --seed 1 --temperature {temperature}"
-            command = ["--weights_path", f"pre_trained_models/{stem}.h5", *shlex.split(flags)]
-            texts = run("sample.py", *command, capture_output=True, encoding="utf-8").stdout
-            rows.append(f"- at temperature {temperature}: `{'  '.join(texts.split())}`")
-    return "\n".join(rows)
+            texts = invent(stem, f"--num_samples 12 --seed 1 --temperature {temperature}")
+            rows.append(f"- at temperature {temperature}: {', '.join(map(quote, texts))}")
+    table = [f"| {' | '.join(row)} |" for row in zip(names, *columns)]
+    table.insert(1, "|---|---|---|")
+    return "\n".join(table + rows)
+
+
+def quote(text):
+    """Returns a str as code in Markdown."""
+    return f"`{text}`"
 
 
 def describe_held_out():

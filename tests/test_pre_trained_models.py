@@ -1,3 +1,7 @@
+import re
+import subprocess
+import sys
+
 import build
 import numpy as np
 import pytest
@@ -9,20 +13,37 @@ import model
 from loaders import SequenceLoader, UserNameLoader
 
 
-@pytest.mark.parametrize("name", build.RECIPES)
+@pytest.mark.parametrize("name", build.LISTS)
 def test_a_shipped_model_is_small_and_freed_of_what_continuing_needs(name):
-    path = PRE_TRAINED / name
+    path = PRE_TRAINED / f"{name}.h5"
     assert path.stat().st_size < 8_000_000
     assert model.load_training_state(path) == []
     trained, metadata = model.load(path)
     assert metadata["data"]["sequences"] == (10_000 if "names" in name else 5_000)
+    assert len(metadata["teachers"]) == build.TEACHERS
     assert trained.alphabet.sentinel == ("\n" if "names" in name else " ")
 
 
-@pytest.mark.parametrize("name", build.RECIPES)
-def test_the_card_names_the_command_behind_a_model(name):
+def test_the_card_says_what_the_shipped_files_give():
+    process = subprocess.run(
+        [sys.executable, PRE_TRAINED / "build.py", "--check"], capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+
+
+def test_another_figure_in_the_card_is_noticed(monkeypatch, tmp_path):
     card = (PRE_TRAINED / "README.md").read_text(encoding="utf-8")
-    assert f"python train.py {build.RECIPES[name]} --save_path {name}" in card
+    share = re.search(r"new, not in the list \| (\d+\.\d)%", card).group(1)
+    assert build.check() is None
+    monkeypatch.setattr(build, "CARD", tmp_path / "README.md")
+    wrong = card.replace(f"| {share}%", f"| {float(share) + 0.5:.1f}%")
+    build.CARD.write_text(wrong, encoding="utf-8")
+    assert "new, not in the list" in build.check()
+
+
+def test_what_is_original_is_counted():
+    shares = build.count_invented(["", "ab", "ab", "cd", "ef"], ["cd", "gh"], ["ef", "cd"])
+    assert shares == {"new": 0.6, "different": 0.8, "empty": 0.2, "known": 0.5}
 
 
 def trigrams(texts):
@@ -52,9 +73,10 @@ def test_invented_names_are_written_as_people_write_them():
     trained, _ = model.load(PRE_TRAINED / "user_names_10000.h5")
     invented = list(trained.sample(count=3000, seed=0))
     assert len(set(invented) - set(people)) > 2500
-    for kind in (str.islower, str.isalpha, str.istitle, lambda name: "-" in name):
-        shares = [np.mean([kind(name) for name in names]) for names in (people, invented)]
-        assert shares[0] == pytest.approx(shares[1], abs=0.06)
+    kinds = str.islower, str.isupper, str.isalpha, str.istitle, str.isdigit
+    for kind in (*kinds, *(re.compile(found).search for found in ("-", "[0-9]$", "[a-z][A-Z]"))):
+        shares = [np.mean([bool(kind(name)) for name in names]) for names in (people, invented)]
+        assert shares[0] == pytest.approx(shares[1], abs=0.04)
     lengths = [np.mean([len(name) for name in names]) for names in (people, invented)]
     assert lengths[0] == pytest.approx(lengths[1], rel=0.1)
 
