@@ -96,7 +96,7 @@ def main():
         print(f"{stem}:")
         sequences = build.read_list(stem)
         loss, texts = invent(makemore, sequences)
-        known = build.read_known_words() if stem == build.WORDS else ()
+        known = build.read_known_words() if stem == build.WORDS else None
         shares = build.count_invented(texts, sequences, known)
         print(f"  lowest loss on the tenth held out: {loss:.3f} nats per character")
         for name, share in shares.items():
