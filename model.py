@@ -207,6 +207,9 @@ def make_lstm(units, recurrent_dropout=0.0, **options):
             the layer does not read back, the same ones at every step (Gal and
             Ghahramani 2016). Keras's own, which draws other ones for each
             gate, takes four products a step where this takes one.
+
+    Returns:
+        The layer, of a subclass of `keras.layers.LSTM`.
     """
     from keras import layers, ops, random
 
@@ -645,10 +648,18 @@ def invent(models, count, steps, seed):
     alphabet = models[0].alphabet
     rows = np.zeros((count, steps), np.min_scalar_type(len(alphabet) - 1))
     predictions = np.zeros((count, steps, len(alphabet)), np.float32)
-    states = [each.start(count) for each in models]
-    places = np.arange(count)  # those of the sequences that go on
-    ids = np.zeros(count, int)
-    for step in range(steps):
+    size = batch_size(steps, len(alphabet))
+    for start in range(0, count, size):
+        part = slice(start, start + size)
+        _invent(models, rows[part], predictions[part], rng)
+    return Corpus(alphabet, steps, rows, rows[:, -1] == 0, predictions)
+
+
+def _invent(models, rows, predictions, rng):
+    states = [each.start(len(rows)) for each in models]
+    places = np.arange(len(rows))  # those of the sequences that go on
+    ids = np.zeros(len(rows), int)
+    for step in range(rows.shape[1]):
         logits = [each.step(ids, state) for each, state in zip(models, states)]
         mean = sum(map(distribution, logits)) / len(models)
         if step == 0:
@@ -662,7 +673,6 @@ def invent(models, count, steps, seed):
             break
         places, ids = places[going_on], ids[going_on]
         states = [state.take(going_on) for state in states]
-    return Corpus(alphabet, steps, rows, rows[:, -1] == 0, predictions)
 
 
 def batch_size(steps, characters):

@@ -28,7 +28,8 @@ The same command again continues where the file at --save_path stands, and so
 does a larger --epochs. Ctrl-C stops; what the last whole epoch learned is kept.
 """
 
-REUSE = 4  # how many calls learn from what teachers have invented for the first of them
+REUSE = 4  # how often a sequence that teachers invented is learned from
+PREDICTIONS = 2**24  # of what they predict of it, the most numbers that are kept at a time
 NOTHING_SAVED = "nothing new was saved"
 # Set by Ctrl-C, since a library can make another error of a KeyboardInterrupt or drop it.
 stop_requested = threading.Event()
@@ -83,7 +84,7 @@ def parse_arguments(arguments=None):
         "--sentinel",
         type=one_character,
         help="a character that no sequence contains, to mark where they end "
-        r"(default: the newline, '\n', or that of --init_from)",
+        r"(default: the newline, '\n', or that of --init_from or --teachers)",
     )
     data.add_argument(
         "--validation_split",
@@ -145,6 +146,7 @@ def parse_arguments(arguments=None):
     file.add_argument(
         "--teachers",
         nargs="+",
+        action="extend",
         default=[],
         metavar="FILE",
         help="models trained on this data with other --seed; what they predict together, for "
@@ -203,30 +205,64 @@ def read_source(args):
 
 
 def read_teachers(args):
-    """Reads the models at `--teachers`.
+    """Reads the models at `--teachers` and lets them decide the sentinel if it is left open.
+
+    Args:
+        args: the command line. Its `sentinel` is set if it is None.
+
+    Returns:
+        List of tuples `(teacher, metadata)` as `model.load` returns them, of
+        one alphabet; empty without that flag.
+
+    Raises:
+        UserError: if one can't be read or differs from the first, or has
+            another sentinel than the command line.
+    """
+    loaded = [model.load_for("--teachers", path) for path in args.teachers]
+    for path, (teacher, _) in zip(args.teachers, loaded):
+        first = loaded[0][0].alphabet
+        if teacher.alphabet.symbols != first.symbols:
+            raise UserError(
+                f"--teachers: {path} has another sentinel or other characters than "
+                f"{args.teachers[0]}; name models that were trained on the same data"
+            )
+        if args.sentinel is None:
+            args.sentinel = first.sentinel
+        elif args.sentinel != first.sentinel:
+            raise UserError(
+                f"--sentinel: that of {path} is {first.sentinel!r}; leave the flag away to keep it"
+            )
+    return loaded
+
+
+def check_teachers(args, loaded, corpus, data):
+    """Raises a `UserError` if models can't teach what is to be learned.
 
     Args:
         args: the command line.
-
-    Returns:
-        List of `SequenceModel`, of one alphabet; empty without that flag.
-
-    Raises:
-        UserError: if one can't be read or has another alphabet than the first.
+        loaded: what `read_teachers` returns.
+        corpus: `model.Corpus`.
+        data: what the metadata say of it.
     """
-    teachers = [model.load_for("--teachers", path)[0] for path in args.teachers]
-    for path, teacher in zip(args.teachers, teachers):
-        check_teacher(path, teacher, teachers[0].alphabet)
-    return teachers
-
-
-def check_teacher(path, teacher, alphabet):
-    """Raises a `UserError` if a model can't say how likely an alphabet's characters are."""
-    if teacher.alphabet.symbols != alphabet.symbols:
-        raise UserError(
-            f"--teachers: {path} has another alphabet or sentinel; name models that were trained "
-            "on this data, with this --sentinel"
-        )
+    for path, (teacher, found) in zip(args.teachers, loaded):
+        missing = set(corpus.alphabet.symbols) - set(teacher.alphabet.symbols)
+        if missing:
+            raise UserError(
+                f"--teachers: {path} never saw {', '.join(map(repr, sorted(missing)))}; name "
+                "models that were trained on this data"
+            )
+        if teacher.max_len < corpus.max_len:
+            raise UserError(
+                f"--teachers: {path} learned sequences of at most {teacher.max_len} characters; "
+                f"pass --max_len {teacher.max_len}, or train it with --max_len {corpus.max_len}"
+            )
+        settings = found.get("settings")
+        share = settings.get("validation_split") if isinstance(settings, dict) else None
+        if args.validation_split and (found.get("data"), share) != (data, args.validation_split):
+            raise UserError(
+                f"--teachers: {path} may have learned what is held out to validate, since its "
+                "data or its --validation_split are others; pass --validation_split 0"
+            )
 
 
 def read_corpus(args, characters=""):
@@ -328,7 +364,8 @@ def plan_calls(args, corpus, batch_size, batches):
     Returns:
         Tuple `(steps, lengths)`: how many batches one call gets, an int:
         enough that what a call costs in Python is lost in the work, few
-        enough that the progress bar and Ctrl-C are not kept waiting. And to
+        enough that the progress bar and Ctrl-C are not kept waiting, and that
+        what teachers predict fits the memory. And to
         which lengths batches are padded if each costs a compilation, a sorted
         int array: one more for some seconds of work, which a compilation takes.
     """
@@ -336,10 +373,13 @@ def plan_calls(args, corpus, batch_size, batches):
     weights = 4 * args.units * (len(corpus.alphabet) + (2 * args.layers - 1) * args.units)
     # A multiplication and an addition a weight and step, and twice that on the way back.
     operations = 6 * weights * batch_size * longest
+    steps = min(64, math.ceil(batches / args.epochs), 2 * 10**11 // operations)
+    if args.teachers:
+        steps = min(steps, PREDICTIONS // (batch_size * longest * len(corpus.alphabet)))
     choices = 1 + min(7, batches * operations // 10**12)
     lengths = np.geomspace(longest, np.median(corpus.targets), choices)
     lengths = np.unique(np.ceil(lengths - 1e-6).astype(int))
-    return max(1, min(64, 2 * 10**11 // operations)), lengths
+    return max(1, steps), lengths
 
 
 def make_calls(corpus, chosen, batch_size, steps, lengths=None, seed=None):
@@ -409,9 +449,12 @@ def make_calls(corpus, chosen, batch_size, steps, lengths=None, seed=None):
 def make_invented_calls(teachers, count, longest, batch_size, steps, lengths, seed):
     """Does what `make_calls` does with sequences that models invent.
 
+    To invent a sequence is more work than to learn from it, and since its
+    targets are whole distributions it can serve several times.
+
     Args:
         teachers: list of `SequenceModel`.
-        count: int, how many sequences to invent.
+        count: int, how many sequences the batches have in all.
         longest: int, how many targets each has at most.
         batch_size, steps, lengths: as `make_calls` takes them.
         seed: tuple of int.
@@ -419,13 +462,12 @@ def make_invented_calls(teachers, count, longest, batch_size, steps, lengths, se
     Yields:
         What `make_calls` yields.
     """
-    size = steps * batch_size
-    for number, start in enumerate(range(0, count, size)):
-        now = min(size, count - start)
-        # To invent sequences is more work than to learn from them, and they are not used up by it.
-        if number % REUSE == 0:
-            invented = model.invent(teachers, now, longest, (*seed, number))
-        yield from make_calls(invented, np.arange(now), batch_size, steps, lengths, (*seed, number))
+    most = max(1, PREDICTIONS // (longest * len(teachers[0].alphabet)))
+    for number, start in enumerate(range(0, count, REUSE * most)):
+        now = min(REUSE * most, count - start)
+        invented = model.invent(teachers, math.ceil(now / REUSE), longest, (*seed, number, 0))
+        chosen = np.arange(now) % len(invented)
+        yield from make_calls(invented, chosen, batch_size, steps, lengths, (*seed, number, 1))
 
 
 def describe(args, corpus, source, teachers):
@@ -504,6 +546,8 @@ def find_difference(found, metadata):
     """Returns in which way a file's metadata are not this run's, or None."""
     settings = found.get("settings")
     settings = settings if isinstance(settings, dict) else {}
+    if "recurrent_dropout" not in settings:
+        return "was trained by an earlier version of train.py"
     for name in SETTINGS:
         now, then = metadata["settings"][name], settings.get(name)
         if now != then:
@@ -669,10 +713,14 @@ def extend_weights(weights, alphabet, source):
 
 
 def differentiate_by_hand(network, choice):
-    """Makes a network's layers use `model.run_lstm` to learn, if they need to or a bool says so.
+    """Decides whether a network's layers use `model.run_lstm` to learn.
+
+    Args:
+        network: the Keras network.
+        choice: bool, whether they are to if they can also do without.
 
     Returns:
-        Bool, whether they do.
+        Bool, whether they do: with recurrent dropout they always do.
     """
     layers = [layer for layer in network.layers if hasattr(layer, "by_hand")]
     for layer in layers:
@@ -698,7 +746,8 @@ def compile_for_tensorflow(network, batch_size, scale):
 
     # XLA makes one program of it all. That is several times as fast where a step is little
     # work, and faster where the layers are wide; what lies between is as fast or faster
-    # without. On a GPU, an LSTM is one call of cuDNN, of which XLA knows nothing.
+    # without. On a GPU, an LSTM is one call of cuDNN, of which XLA knows nothing; but cuDNN
+    # in its turn knows no recurrent dropout.
     units = network.layers[0].units
     little_or_wide = (units <= 64 and units * batch_size <= 4096) or units >= 256
     xla = little_or_wide and not tf.config.list_physical_devices("GPU")
@@ -850,7 +899,8 @@ def fit(args, metadata, corpus, training, held_out, source, teachers, earlier):
         losses = {"loss": pass_over(learn, calls, title, len(training))}
         rate = len(training) / (time.monotonic() - start)
         if len(held_out):
-            calls = make_calls(corpus, held_out, batch_size, steps, to_evaluate)
+            size = min(batch_size, len(held_out))
+            calls = make_calls(corpus, held_out, size, steps, to_evaluate)
             losses["val_loss"] = pass_over(evaluate, calls, title + ", validation", len(held_out))
         if not all(map(math.isfinite, losses.values())):
             raise UserError(
@@ -1021,12 +1071,12 @@ def run(args):
     """
     if os.environ.get("KERAS_BACKEND"):
         check_backend(os.environ["KERAS_BACKEND"])
-    source, teachers = read_source(args), read_teachers(args)
-    known = [each.alphabet.symbols[1:] for each in (source, *teachers) if each]
-    corpus = read_corpus(args, "".join(sorted(set("".join(known)))))
-    if teachers:
-        check_teacher(args.teachers[0], teachers[0], corpus.alphabet)
+    loaded = read_teachers(args)
+    source, teachers = read_source(args), [teacher for teacher, _ in loaded]
+    known = "".join(each.alphabet.symbols[1:] for each in (source, *teachers) if each)
+    corpus = read_corpus(args, "".join(sorted(set(known))))
     metadata = describe(args, corpus, source, teachers)
+    check_teachers(args, loaded, corpus, metadata["data"])
     earlier = find_earlier_run(args, metadata)
     training, held_out = split(corpus, args.validation_split)
     print(
@@ -1070,9 +1120,12 @@ def run(args):
     kept = len(history["loss"]) - epochs_since_best(history)
     loss = (history["val_loss"] or history["loss"])[kept - 1]
     perplexity = math.exp(loss) if loss < 700 else math.inf
+    kind = "validation loss" if history["val_loss"] else "loss"
+    if teachers and not history["val_loss"]:
+        kind = "loss against its teachers"
     print(
-        f"{args.save_path} holds epoch {kept}: {'validation ' if history['val_loss'] else ''}loss "
-        f"{loss:.4f} nats per character, perplexity {perplexity:.4g}"
+        f"{args.save_path} holds epoch {kept}: {kind} {loss:.4f} nats per character, "
+        f"perplexity {perplexity:.4g}"
     )
     print(f"Sample from it: python sample.py --weights_path {shlex.quote(args.save_path)}")
 

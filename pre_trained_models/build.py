@@ -3,14 +3,21 @@
     python pre_trained_models/build.py [NAME ...]
     python pre_trained_models/build.py --check
 
-A NAME is a list (english_words_5000.txt), a model (english_words_5000.h5,
-user_names_10000.h5), a picture (sampled1.png, sampled2.png, sampled3.png,
-next_character.png), held_out, which trains both models on nine tenths of their
-lists and puts their losses on the last tenth into the model card, or README.md,
-which puts the figures of the shipped files into it. Without one everything is
-made: 40 minutes on two cores. If that is stopped, the same command continues.
-The pictures need matplotlib. --check makes nothing, but fails if the lists or
-the figures in the card are not those of the shipped files.
+A NAME is
+
+- english_words_5000.txt, the list (that of the user names is taken as given),
+- english_words_5000.h5 or user_names_10000.h5, a model,
+- sampled1.png, sampled2.png or sampled3.png, a picture for the README,
+- next_character.png, the one for the model card,
+- held_out, which trains both models on nine tenths of their lists and writes
+  their losses on the last tenth into the card, or
+- card, which writes the recipe and the figures of the shipped files into it.
+
+Without one everything is made: 40 minutes on two cores. If it is stopped, the
+same command continues; what it has so far is in .build here, to be deleted if
+the recipe has changed since. The pictures need matplotlib. --check makes
+nothing, but fails if the list of words, or what the card says of the recipe and
+of the shipped files, is not what would be made.
 """
 
 import argparse
@@ -57,8 +64,8 @@ TEACHER = {
     "--learning_rate 0.01 --epochs 10 --validation_split 0",
 }
 STUDENT = {
-    WORDS: "--dropout 0 --batch_size 32 --learning_rate 0.004 --epochs 40 --validation_split 0",
-    NAMES: "--dropout 0 --batch_size 32 --learning_rate 0.004 --epochs 18 --validation_split 0",
+    WORDS: "--dropout 0 --batch_size 32 --learning_rate 0.004 --epochs 48 --validation_split 0",
+    NAMES: "--dropout 0 --batch_size 32 --learning_rate 0.004 --epochs 24 --validation_split 0",
 }
 # What is typed at the prompt in each picture.
 PICTURES = {"sampled1.png": "A", "sampled2.png": "Al", "sampled3.png": "Sta"}
@@ -85,11 +92,10 @@ def make_list(name, target):
 
     words = wordfreq.top_n_list("en", 5000)
     # What torch.randperm gives after torch.manual_seed(3407).
-    bits = np.random.MT19937()
-    bits._legacy_seeding(3407)
+    draws = np.random.RandomState(3407).randint(2**32, size=len(words) - 1, dtype=np.uint32)
     order = list(range(len(words)))
-    for place in range(len(words) - 1):
-        other = place + int(bits.random_raw()) % (len(words) - place)
+    for place, draw in enumerate(draws.tolist()):
+        other = place + draw % (len(words) - place)
         order[place], order[other] = order[other], order[place]
     learned, held_out = sorted(order[:-500]), sorted(order[-500:])
     lines = [words[index] + "\n" for index in learned + held_out]
@@ -101,7 +107,7 @@ def make_model(name, target):
     import h5py
 
     stem = name.removesuffix(".h5")
-    trained = train(stem, HERE / LISTS[stem], WORKSHOP / stem)
+    trained = train(stem, HERE / LISTS[stem], WORKSHOP / name)
     with h5py.File(trained, "r") as source, h5py.File(target, "w", libver="latest") as copy:
         for attribute, value in source.attrs.items():
             copy.attrs[attribute] = value
@@ -130,7 +136,16 @@ def commands(stem, path, folder, seed):
 
 
 def train(stem, path, folder):
-    """Runs `commands` in a folder that is made and returns the path of the trained model."""
+    """Runs `commands`.
+
+    Args:
+        stem: str, `WORDS` or `NAMES`.
+        path: `pathlib.Path`, its list.
+        folder: `pathlib.Path`, where the models are kept; it is made.
+
+    Returns:
+        `pathlib.Path`, the trained model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     places = str(path.relative_to(ROOT)), f"{folder.relative_to(ROOT)}/"
     # As many teachers at a time as there are cores are faster than one on all of them.
@@ -139,7 +154,7 @@ def train(stem, path, folder):
     def teach(seed):
         command, _ = commands(stem, *places, seed)
         run(command, env={**os.environ, **one}, stdout=subprocess.DEVNULL)
-        print(f"{folder.name}: teacher {seed} of {TEACHERS} is trained", flush=True)
+        print(f"{stem}: teacher {seed} of {TEACHERS} is trained", flush=True)
 
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(teach, range(1, TEACHERS + 1)))
@@ -149,7 +164,15 @@ def train(stem, path, folder):
 
 
 def run(command, **options):
-    """Runs a command line, a str that starts with `python`, for `subprocess.run`."""
+    """Runs a command line of the project.
+
+    Args:
+        command: str that starts with `python`.
+        options: for `subprocess.run`.
+
+    Returns:
+        The `subprocess.CompletedProcess`.
+    """
     python = shlex.quote(sys.executable)
     command = python + command.removeprefix("python")
     return subprocess.run(command, shell=True, cwd=ROOT, check=True, encoding="utf-8", **options)
@@ -163,8 +186,8 @@ def read_list(stem):
 
 def score(weights_path, path):
     """Returns what `sample.py --score` says, a float: nats per character of a list's sequences."""
-    command = f"python sample.py --weights_path {weights_path} --score {path} --max_len 64"
-    said = run(command, capture_output=True).stderr
+    command = f"python sample.py --weights_path {weights_path} --score {path} --max_len 64 2>&1"
+    said = run(command, stdout=subprocess.PIPE).stdout
     return float(re.search(r"([\d.]+) nats per character", said).group(1))
 
 
@@ -180,7 +203,7 @@ def measure_held_out(stem):
     Returns:
         Float, its loss on the last tenth in nats per character.
     """
-    folder = WORKSHOP / f"{stem}_held_out"
+    folder = WORKSHOP / "held_out" / stem
     folder.mkdir(parents=True, exist_ok=True)
     path = HERE / LISTS[stem]
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -239,7 +262,7 @@ def describe_shipped():
             "of 10,000 invented: new, not in the list",
             "different",
             "empty",
-            "of the different new ones: among the 300,000 most frequent",
+            "of the different new ones: among wordfreq's 300,000 most frequent",
         ]
     ]
     for stem in (WORDS, NAMES):
@@ -270,12 +293,26 @@ def describe_shipped():
             rows.append(f"- at temperature {temperature}: {', '.join(map(quote, texts))}")
     table = [f"| {' | '.join(row)} |" for row in itertools.zip_longest(*columns, fillvalue="")]
     table.insert(1, "|---" * len(columns) + "|")
-    return "\n".join(table + rows)
+    return "\n".join([*table, "", describe_habits(), *rows])
 
 
 def quote(text):
     """Returns a str as code in Markdown."""
     return f"`{text}`"
+
+
+def describe_habits():
+    """Returns how people and the model write user names, a str."""
+    groups = {"in the list": read_list(NAMES), "invented": invent(NAMES, INVENT)}
+    kinds = {"a capital letter": "[A-Z]", "a digit": "[0-9]", "a hyphen": "-"}
+    rows = ["| of the user names | " + " | ".join(groups) + " |", "|---|---|---|"]
+    for kind, pattern in kinds.items():
+        counts = [
+            sum(bool(re.search(pattern, text)) for text in texts) for texts in groups.values()
+        ]
+        shares = [f"{n / len(texts):.1%}" for n, texts in zip(counts, groups.values())]
+        rows.append(f"| have {kind} | {' | '.join(shares)} |")
+    return "\n".join(rows)
 
 
 def describe_held_out():
@@ -285,23 +322,28 @@ def describe_held_out():
 
 
 def rewrite_card(card, part, text):
-    """Returns a card, a str, in which what stands between two marks is replaced by a text."""
+    """Replaces what stands between two marks.
+
+    Args:
+        card: str.
+        part: str, which is in the marks.
+        text: str, what is to stand between them.
+
+    Returns:
+        Str.
+    """
     begin, end = f"<!-- {part} -->\n", f"\n<!-- end of {part} -->"
     head, rest = card.split(begin)
     return head + begin + text + end + rest.split(end)[1]
 
 
 def make_card(name, target):
-    """Puts the figures of the shipped files, or those held out, into the card."""
-    part, describe = CARD_PARTS[name]
+    """Writes a card of which one of the `CARD_PARTS` is made again."""
     card = CARD.read_text(encoding="utf-8")
-    target.write_text(rewrite_card(card, part, describe()), encoding="utf-8")
+    target.write_text(rewrite_card(card, name, CARD_PARTS[name]()), encoding="utf-8")
 
 
-CARD_PARTS = {
-    "README.md": ("shipped files", describe_shipped),
-    "held_out": ("held out", describe_held_out),
-}
+CARD_PARTS = {"card": describe_shipped, "held_out": describe_held_out}
 
 
 def check():
@@ -312,7 +354,7 @@ def check():
         if words.read_bytes() != (HERE / LISTS[WORDS]).read_bytes():
             return f"{LISTS[WORDS]} is not the list that wordfreq gives"
     card = CARD.read_text(encoding="utf-8")
-    said, found = card, rewrite_card(card, "shipped files", describe_shipped())
+    said, found = card, rewrite_card(card, "card", describe_shipped())
     for line, other in itertools.zip_longest(said.split("\n"), found.split("\n"), fillvalue=""):
         # Sums are rounded differently elsewhere, which changes few sequences in 100,000.
         parts, others = (re.split(r"(\d+\.\d+)", text) for text in (line, other))
@@ -468,6 +510,8 @@ def main():
     for name in args.names:
         if name not in makers:
             parser.error(f"{name} is not among {', '.join(makers)}")
+    if args.check and args.names != list(makers):
+        parser.error("--check takes no NAME")
     if args.check:
         wrong = check()
         sys.exit(f"build.py: {wrong}" if wrong else 0)
@@ -479,7 +523,7 @@ def main():
             place = CARD if name in CARD_PARTS else folder / name
             with model.replacing(place) as file:
                 file.write(target.read_bytes())
-    shutil.rmtree(WORKSHOP, ignore_errors=True)
+        shutil.rmtree(WORKSHOP / name, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ def test_the_card_says_what_the_shipped_files_give():
 def test_another_figure_in_the_card_is_noticed(monkeypatch, tmp_path):
     card = (PRE_TRAINED / "README.md").read_text(encoding="utf-8")
     share = re.search(r"new, not in the list \| (\d+\.\d)%", card).group(1)
-    assert build.check() is None
     monkeypatch.setattr(build, "CARD", tmp_path / "README.md")
     wrong = card.replace(f"| {share}%", f"| {float(share) + 0.5:.1f}%")
     build.CARD.write_text(wrong, encoding="utf-8")

@@ -547,7 +547,7 @@ def test_another_seed_or_epoch_is_another_order():
     assert len({order((0, 1)), order((0, 2)), order((1, 1)), order(None)}) == 4
 
 
-@pytest.mark.parametrize("flags", [[], ["--batch_size", 128]])
+@pytest.mark.parametrize("flags", [[], ["--batch_size", 128, "--recurrent_dropout", 0.2]])
 def test_jax_trains_continues_and_is_read_by_all(folder, flags):
     jax = {**os.environ, "KERAS_BACKEND": "jax"}
     command = ["train.py", *SMALL, *flags, "--layers", 2]
@@ -657,26 +657,31 @@ def test_a_model_is_tuned_on_other_data_into_another_file(tmp_path):
 # Learning from models
 
 
+def save_teacher(path, teacher, texts, flags=()):
+    """Saves a `SequenceModel` as if it had been trained on these texts with these flags."""
+    units, layers = len(teacher.weights[-2]), len(teacher.weights) // 3
+    flags = ["--units", str(units), "--layers", str(layers), *flags]
+    _, args = train.parse_arguments(flags)
+    corpus = model.encode(texts, max_len=args.max_len)
+    train.import_keras()
+    network = train.prepare_network(args, corpus, np.arange(len(texts)), 1)
+    model.save(path, network, teacher.weights, train.describe(args, corpus, None, []))
+
+
 def test_a_model_learns_what_its_teachers_predict_together(tmp_path):
     texts = ["".join(word) for word in itertools.product("abc", repeat=3)]
-    (tmp_path / "sequences.txt").write_text("\n".join(texts), encoding="utf-8")
-    teachers = [random_model("\nabc", units=4, layers=1, seed=seed) for seed in (1, 2)]
-    corpus = model.encode(texts)
-    arguments = ["--units", "4", "--layers", "1", "--save_path"]
+    (tmp_path / "sequences.txt").write_text("\n".join(texts * 200), encoding="utf-8")
+    teachers = [random_model("\nabc", max_len=3, units=4, layers=1, seed=seed) for seed in (1, 2)]
     for number, teacher in enumerate(teachers):
-        path = str(tmp_path / f"teacher{number}.h5")
-        _, args = train.parse_arguments([*arguments, path])
-        train.import_keras()
-        network = train.prepare_network(args, corpus, np.arange(27), 1)
-        metadata = train.describe(args, corpus, None, [])
-        model.save(path, network, teacher.weights, metadata)
+        save_teacher(tmp_path / f"teacher{number}.h5", teacher, texts)
     process = run(
-        *["train.py", "--teachers", "teacher0.h5", "teacher1.h5", "--units", 24, "--dropout", 0],
-        *["--epochs", 1500, "--validation_split", 0, "--layers", 1],
+        *["train.py", "--teachers", "teacher0.h5", "--teachers", "teacher1.h5", "--units", 24],
+        *["--dropout", 0, "--epochs", 8, "--validation_split", 0, "--layers", 1],
         cwd=tmp_path,
     )
     assert process.returncode == 0, process.stderr
-    assert "Learning from 2 models, inventing 27, holding out 0" in process.stdout
+    assert "Learning from 2 models, inventing 5,400, holding out 0" in process.stdout
+    assert "holds epoch 8: loss against its teachers" in process.stdout
     student, _ = model.load(tmp_path / "incognito_model.h5")
     divergence = []
     for text in ["", *texts, *(text[:2] for text in texts)]:
@@ -690,15 +695,59 @@ def test_a_model_learns_what_its_teachers_predict_together(tmp_path):
     assert np.mean(divergence) < 0.005
 
 
+@pytest.mark.parametrize("kept", [2**24, 2000])
+def test_an_epoch_of_invented_sequences_uses_each_as_often_as_others(monkeypatch, kept):
+    monkeypatch.setattr(train, "PREDICTIONS", kept)
+    teacher = random_model("\nabcdefgh", max_len=9)
+    calls = list(train.make_invented_calls([teacher], 1000, 10, 32, 5, None, (3, 1)))
+    assert len({part[0].shape[:2] for parts, _ in calls for part in parts}) == 1
+    rows = [
+        row.tobytes()
+        for parts, _ in calls
+        for rows, targets, predictions in parts
+        for row, count, wanted in zip(
+            np.pad(rows, [(0, 0), (0, 0), (0, 10 - rows.shape[2])]).reshape(-1, 10),
+            targets.ravel(),
+            predictions.reshape(-1, *predictions.shape[2:]),
+        )
+        if count and wanted[:count].sum() == pytest.approx(count, abs=1e-4)
+    ]
+    assert len(rows) == 1000
+    long = [row for row in rows if row.count(0) < 4]  # not likely to be invented twice
+    counts = np.array([long.count(row) for row in long])
+    assert np.mean(counts == train.REUSE) > 0.9
+    again = list(train.make_invented_calls([teacher], 1000, 10, 32, 5, None, (3, 1)))
+    other = list(train.make_invented_calls([teacher], 1000, 10, 32, 5, None, (3, 2)))
+    same = [
+        all(np.array_equal(a[0][0][0], b[0][0][0]) for a, b in zip(calls, others))
+        for others in (again, other)
+    ]
+    assert same == [True, False]
+
+
 def test_models_that_can_not_teach_are_named(finished):
     words = PRE_TRAINED / "english_words_5000.h5"
     path = finished / "incognito_model.h5"
     before = path.read_bytes()
+    texts = (finished / "sequences.txt").read_text(encoding="utf-8").split("\n")
+    teacher = random_model("\naeikmnostu", units=4, layers=1)
+    for name, learned, flags in [
+        ("fewer.h5", texts[:200], []),
+        ("short.h5", texts, ["--max_len", "5"]),
+        ("all.h5", texts, ["--validation_split", "0"]),
+    ]:
+        taught = SequenceModel(teacher.alphabet, 5 if name == "short.h5" else 8, teacher.weights)
+        save_teacher(finished / name, taught, learned, flags)
+    (finished / "more.txt").write_text("\n".join([*texts, "täkö"]), encoding="utf-8")
     for flags, message in {
-        (words,): f"--teachers: {words} has another alphabet or sentinel; name models",
-        (path, words): f"--teachers: {words} has another alphabet or sentinel; name models",
+        (path, words): f"--teachers: {words} has another sentinel or other characters than {path}",
+        (words, "--sentinel", "#"): f"--sentinel: that of {words} is ' '; leave the flag away",
         ("none.h5",): "--teachers: can't read none.h5: No such file",
         ("sequences.txt",): "--teachers: sequences.txt is not a model",
+        (path, "--sequence_path", "more.txt"): f"--teachers: {path} never saw 'ä', 'ö'; name",
+        ("short.h5",): "short.h5 learned sequences of at most 5 characters; pass --max_len 5",
+        ("fewer.h5",): "fewer.h5 may have learned what is held out to validate, since",
+        ("all.h5",): "all.h5 may have learned what is held out to validate, since",
         (path, "--save_path", path): f"--save_path: {path} is the file of --teachers",
         (path, "--save_path", finished / "copy.h5"): "copy.h5 learned from other teachers; pass",
     }.items():

@@ -3,12 +3,13 @@
     pip install -r tests/benchmarks/requirements.txt
     python tests/benchmarks/invention.py MAKEMORE.PY
 
-MAKEMORE.PY is that file of https://github.com/karpathy/makemore. Its transformer
-is trained with the program's own defaults on each list of the shipped models: as
-there, on nine tenths, with the loss on the last tenth taken every 500 steps. The
-weights of the lowest one then invent 10,000 sequences at temperature 1, which are
-counted as build.py counts those of the shipped models. 8,000 steps are several
-times what it takes until that loss only rises. 15 minutes on two cores.
+MAKEMORE.PY is that file of https://github.com/karpathy/makemore at commit 013af92
+(later ones call its classes otherwise). Its transformer is trained with the
+program's own defaults on each list of the shipped models: as there, on nine
+tenths, with the loss on the last tenth taken every 500 steps. The weights of the
+lowest one then invent 10,000 sequences at temperature 1, which are counted as
+build.py counts those of the shipped models. 8,000 steps are several times what it
+takes until that loss only rises. 15 minutes on two cores.
 """
 
 import argparse
@@ -68,6 +69,7 @@ def invent(makemore, sequences):
         _, loss = network(*next(batches))
         network.zero_grad(set_to_none=True)
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         if step % EVERY == 0:
             loss = makemore.evaluate(network, held_out, batch_size=100)
@@ -79,7 +81,7 @@ def invent(makemore, sequences):
     texts = []
     for _ in range(10):
         start = torch.zeros(1000, 1, dtype=torch.long)
-        rows = network.generate(start, sizes["block_size"], do_sample=True)[:, 1:].tolist()
+        rows = network.generate(start, sizes["block_size"] - 1, do_sample=True)[:, 1:].tolist()
         ends = [row.index(0) if 0 in row else len(row) for row in rows]
         texts += [learned.decode(row[:end]) for row, end in zip(rows, ends)]
     return best, texts
