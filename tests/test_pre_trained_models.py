@@ -80,6 +80,17 @@ def test_invented_names_are_written_as_people_write_them():
     assert lengths[0] == pytest.approx(lengths[1], rel=0.1)
 
 
+def test_the_picture_of_the_card_is_drawn_from_the_words_model(tmp_path):
+    build.draw_next_characters("next_character.png", tmp_path / "next_character.png")
+    drawn, shipped = (
+        np.asarray(Image.open(folder / "next_character.png").convert("L"), float)
+        for folder in (tmp_path, PRE_TRAINED)
+    )
+    assert drawn.shape == shipped.shape
+    assert np.abs(drawn - shipped).mean() < 1
+    assert (PRE_TRAINED / "next_character.png").stat().st_size < 100_000
+
+
 def test_a_picture_shows_what_the_program_showed(tmp_path, monkeypatch):
     lines = build.record("Sta")
     assert lines[0] == "$ python sample.py --weights_path 'pre_trained_models/user_names_10000.h5'"
