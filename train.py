@@ -222,8 +222,9 @@ def read_teachers(args):
     for path, (teacher, _) in zip(args.teachers, loaded):
         first = loaded[0][0].alphabet
         if teacher.alphabet.symbols != first.symbols:
+            same = teacher.alphabet.sentinel == first.sentinel
             raise UserError(
-                f"--teachers: {path} has another sentinel or other characters than "
+                f"--teachers: {path} has {'other characters' if same else 'another sentinel'} than "
                 f"{args.teachers[0]}; name models that were trained on the same data"
             )
         if args.sentinel is None:
@@ -248,20 +249,28 @@ def check_teachers(args, loaded, corpus, data):
         missing = set(corpus.alphabet.symbols) - set(teacher.alphabet.symbols)
         if missing:
             raise UserError(
-                f"--teachers: {path} never saw {', '.join(map(repr, sorted(missing)))}; name "
-                "models that were trained on this data"
+                f"--teachers: {path} never saw {', '.join(map(repr, sorted(missing)))}, which "
+                f"{'--init_from or ' if args.init_from else ''}--sequence_path has; name models "
+                "that were trained on the same data"
             )
         if teacher.max_len < corpus.max_len:
             raise UserError(
                 f"--teachers: {path} learned sequences of at most {teacher.max_len} characters; "
                 f"pass --max_len {teacher.max_len}, or train it with --max_len {corpus.max_len}"
             )
+        if not args.validation_split:
+            continue
         settings = found.get("settings")
         share = settings.get("validation_split") if isinstance(settings, dict) else None
-        if args.validation_split and (found.get("data"), share) != (data, args.validation_split):
+        difference = None
+        if found.get("data") != data:
+            difference = "its data, --num_sequences or --max_len were others"
+        elif share != args.validation_split:
+            difference = f"its --validation_split was {share!r}, not {args.validation_split!r}"
+        if difference:
             raise UserError(
-                f"--teachers: {path} may have learned what is held out to validate, since its "
-                "data or its --validation_split are others; pass --validation_split 0"
+                f"--teachers: {path} may have learned what is held out to validate: {difference}; "
+                "train it like this one, or pass --validation_split 0"
             )
 
 
@@ -1091,8 +1100,8 @@ def run(args):
             f"Cut to {metadata['max_len']} characters, because they were longer: "
             f"{np.count_nonzero(~corpus.complete):,} (--max_len)"
         )
-    taught = f"{len(teachers)} models, inventing " if teachers else ""
-    print(f"Learning from {taught}{len(training):,}, holding out {len(held_out):,} to validate")
+    taught = f" sequences that {len(teachers)} models invent" if teachers else ""
+    print(f"Learning from {len(training):,}{taught}, holding out {len(held_out):,} to validate")
 
     if earlier:
         metadata["history"], *earlier = earlier

@@ -625,7 +625,7 @@ def test_a_model_is_tuned_on_other_data_into_another_file(tmp_path):
     process = run(*command, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert "names_10000.h5, which gains 4 characters" in process.stdout
-    assert "Network: 2 × LSTM(192)" in process.stdout
+    assert "Network: 2 × LSTM(256)" in process.stdout
     tuned, metadata = model.load(tmp_path / "incognito_model.h5")
     original, _ = model.load(source)
     assert set(tuned.alphabet.symbols) == {*original.alphabet.symbols, *"ëÅÖ "}
@@ -680,7 +680,7 @@ def test_a_model_learns_what_its_teachers_predict_together(tmp_path):
         cwd=tmp_path,
     )
     assert process.returncode == 0, process.stderr
-    assert "Learning from 2 models, inventing 5,400, holding out 0" in process.stdout
+    assert "Learning from 5,400 sequences that 2 models invent, holding out 0" in process.stdout
     assert "holds epoch 8: loss against its teachers" in process.stdout
     student, _ = model.load(tmp_path / "incognito_model.h5")
     divergence = []
@@ -740,14 +740,18 @@ def test_models_that_can_not_teach_are_named(finished):
         save_teacher(finished / name, taught, learned, flags)
     (finished / "more.txt").write_text("\n".join([*texts, "täkö"]), encoding="utf-8")
     for flags, message in {
-        (path, words): f"--teachers: {words} has another sentinel or other characters than {path}",
+        (path, words): f"--teachers: {words} has another sentinel than {path}; name models",
         (words, "--sentinel", "#"): f"--sentinel: that of {words} is ' '; leave the flag away",
         ("none.h5",): "--teachers: can't read none.h5: No such file",
         ("sequences.txt",): "--teachers: sequences.txt is not a model",
-        (path, "--sequence_path", "more.txt"): f"--teachers: {path} never saw 'ä', 'ö'; name",
+        (
+            path,
+            "--sequence_path",
+            "more.txt",
+        ): f"--teachers: {path} never saw 'ä', 'ö', which --sequence_path has; name",
         ("short.h5",): "short.h5 learned sequences of at most 5 characters; pass --max_len 5",
-        ("fewer.h5",): "fewer.h5 may have learned what is held out to validate, since",
-        ("all.h5",): "all.h5 may have learned what is held out to validate, since",
+        ("fewer.h5",): "fewer.h5 may have learned what is held out to validate: its data,",
+        ("all.h5",): "held out to validate: its --validation_split was 0.0, not 0.1; train",
         (path, "--save_path", path): f"--save_path: {path} is the file of --teachers",
         (path, "--save_path", finished / "copy.h5"): "copy.h5 learned from other teachers; pass",
     }.items():
