@@ -72,7 +72,9 @@ def check_file(folder):
     [
         [],
         ["--units", 96, "--num_sequences", 290],  # not compiled by XLA, as the first is
-        ["--recurrent_dropout", 0.2, "--teachers", "teacher.h5"],
+        pytest.param(
+            ["--recurrent_dropout", 0.2, "--teachers", "teacher.h5"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_killed_run_continues_to_the_same_bits(tmp_path, flags):
