@@ -433,6 +433,7 @@ def make_calls(corpus, chosen, batch_size, steps, lengths=None, seed=None):
         calls = [rng.permutation(calls[index]) for index in rng.permutation(len(calls))]
     one_length = lengths is not None and len(lengths) == 1
     divisions = 1 if one_length else max(1, min(4, batch_size // 64))
+    arrays = [array for array in (corpus.rows, corpus.predictions) if array is not None]
     for batches in calls:
         parts = []
         for columns in np.array_split(np.arange(batch_size), divisions):
@@ -443,16 +444,27 @@ def make_calls(corpus, chosen, batch_size, steps, lengths=None, seed=None):
             length = max(1, (targets[:, columns] if divisions > 1 else goals).max())
             if lengths is not None:
                 length = lengths[np.searchsorted(lengths, length)]
-            rows = np.zeros((*goals.shape, length), corpus.rows.dtype)
-            kept = corpus.rows[order[part], :length]
-            rows[: len(batches), :, : kept.shape[2]] = kept
-            parts.append((rows, goals))
-            if corpus.predictions is not None:
-                wanted = np.zeros((*rows.shape, len(corpus.alphabet)), np.float32)
-                kept = corpus.predictions[order[part], :length]
-                wanted[: len(batches), :, : kept.shape[2]] = kept
-                parts[-1] += (wanted,)
+            rows, *predictions = (gather(array, order[part], steps, length) for array in arrays)
+            parts.append((rows, goals, *predictions))
         yield tuple(parts), np.int32(len(batches))
+
+
+def gather(array, chosen, steps, length):
+    """Takes sequences out of an array, each cut or padded with 0 to a length.
+
+    Args:
+        array: array `(sequences, longest, ...)`.
+        chosen: int array `(batches, sequences of each)`, their indices.
+        steps: int, how many batches the result has; those beyond the chosen are 0.
+        length: int.
+
+    Returns:
+        Array `(steps, sequences of each, length, ...)`.
+    """
+    kept = array[chosen, :length]
+    padded = np.zeros((steps, chosen.shape[1], length, *array.shape[2:]), array.dtype)
+    padded[: len(kept), :, : kept.shape[2]] = kept
+    return padded
 
 
 def make_invented_calls(teachers, count, longest, batch_size, steps, lengths, seed):

@@ -269,7 +269,10 @@ def describe_shipped():
     for stem in (WORDS, NAMES):
         path = f"pre_trained_models/{LISTS[stem]}"
         known = read_known_words() if stem == WORDS else None
-        shares = count_invented(invent(stem, INVENT), read_list(stem), known)
+        learned, invented = read_list(stem), invent(stem, INVENT)
+        shares = count_invented(invented, learned, known)
+        if stem == NAMES:
+            habits = describe_habits(learned, invented)
         trained, metadata = model.load(HERE / f"{stem}.h5")
         columns.append(
             [
@@ -291,20 +294,16 @@ def describe_shipped():
         rows += ["", "invents", ""]
         for temperature in TEMPERATURES:
             texts = invent(stem, f"--num_samples 12 --seed 1 --temperature {temperature}")
-            rows.append(f"- at temperature {temperature}: {', '.join(map(quote, texts))}")
+            quoted = ", ".join(f"`{text}`" for text in texts)
+            rows.append(f"- at temperature {temperature}: {quoted}")
     table = [f"| {' | '.join(row)} |" for row in itertools.zip_longest(*columns, fillvalue="")]
     table.insert(1, "|---" * len(columns) + "|")
-    return "\n".join([*table, "", describe_habits(), *rows])
+    return "\n".join([*table, "", habits, *rows])
 
 
-def quote(text):
-    """Returns a str as code in Markdown."""
-    return f"`{text}`"
-
-
-def describe_habits():
-    """Returns how people and the model write user names, a str."""
-    groups = {"in the list": read_list(NAMES), "invented": invent(NAMES, INVENT)}
+def describe_habits(learned, invented):
+    """Returns how people and the model write user names, a str, from two lists of them."""
+    groups = {"in the list": learned, "invented": invented}
     kinds = {"a capital letter": "[A-Z]", "a digit": "[0-9]", "a hyphen": "-"}
     rows = ["| of the user names | " + " | ".join(groups) + " |", "|---|---|---|"]
     for kind, pattern in kinds.items():
@@ -528,7 +527,10 @@ def main():
         parser.error("--check takes no NAME")
     if args.check:
         wrong = check()
-        sys.exit(f"build.py: {wrong}" if wrong else print("The card says what the files give."))
+        if wrong:
+            sys.exit(f"build.py: {wrong}")
+        print("The card says what the files give.")
+        return
     for name in args.names:
         folder, make = makers[name]
         with tempfile.TemporaryDirectory() as made:
