@@ -96,35 +96,57 @@ class Corpus:
         rows: array `(sequences, longest)`, of the smallest unsigned integer
             type that holds the alphabet: the ids of each sequence's
             characters, padded with 0, the sentinel.
+        targets: int32 array `(sequences,)`: how many targets each sequence
+            gives, one a character and one for the end mark, which a sequence
+            that was cut does not have.
         complete: bool array `(sequences,)`, False where the sequence was
             longer than `max_len` and its end is missing.
         predictions: None, or float32 array `(sequences, steps, alphabet)`:
             how likely each character is as the target of each step, where
             that is known and so is to be learned in place of the one that
             came.
+        share: tuple of int `(rank, size)`. `rows` and `predictions` keep only
+            those of the sequences `rank`, `rank + size` and so on: all of
+            them unless `take_share` was called.
     """
 
     alphabet: Alphabet
     max_len: int
     rows: np.ndarray
+    targets: np.ndarray
     complete: np.ndarray
     predictions: np.ndarray | None = None
+    share: tuple = (0, 1)
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.targets)
 
-    @functools.cached_property
-    def targets(self):
-        """Int array `(sequences,)`: how many targets each sequence gives.
+    def take_share(self, rank, size):
+        """Returns the corpus with copies of a share of its rows, to let go of the others.
 
-        One a character and one for the end mark, which a sequence that was
-        cut does not have.
+        Args:
+            rank, size: int, as in `share`; this corpus must still have all.
         """
-        lengths = np.empty(len(self), int)
-        for start in range(0, len(self), 65536):  # NumPy counts in a copy of what it is given
-            block = slice(start, start + 65536)
-            lengths[block] = np.count_nonzero(self.rows[block], axis=1)
-        return lengths + self.complete
+        kept = [
+            None if array is None else array[rank::size].copy()
+            for array in (self.rows, self.predictions)
+        ]
+        return dataclasses.replace(self, rows=kept[0], predictions=kept[1], share=(rank, size))
+
+    def locate(self, chosen):
+        """Finds sequences in this corpus's share.
+
+        Args:
+            chosen: int array, the indices of some sequences.
+
+        Returns:
+            Tuple `(kept, places)`: a bool array of the shape of `chosen`,
+            which of them are in the share, and an int array `(kept ones,)`,
+            where those stand in `rows`.
+        """
+        rank, size = self.share
+        kept = chosen % size == rank
+        return kept, chosen[kept] // size
 
 
 def encode(sequences, sentinel="\n", max_len=None, characters=""):
@@ -190,7 +212,9 @@ def encode(sequences, sentinel="\n", max_len=None, characters=""):
         part = rows[begin : begin + len(length)]
         part[np.arange(longest) < length[:, None]] = final[blocks.pop(0)]
         begin += len(length)
-    return Corpus(alphabet, max_len or longest, rows, np.concatenate(complete))
+    complete = np.concatenate(complete)
+    targets = np.concatenate(lengths) + complete.astype(np.int32)
+    return Corpus(alphabet, max_len or longest, rows, targets, complete)
 
 
 def make_lstm(units, recurrent_dropout=0.0, **options):
@@ -305,9 +329,9 @@ def run_lstm(projected, recurrent_kernel, kept=None):
 
             carry = nothing, nothing, ops.zeros_like(gates)
             _, _, slopes = ops.fori_loop(0, steps, backward, carry)
-            before = ops.reshape(drop(hiddens[:-1]), (-1, units))
-            to_kernel = ops.matmul(ops.transpose(before), ops.reshape(slopes, (-1, 4 * units)))
-            return slopes, to_kernel
+            # Not reshaped for a plain product: devices that share the batch would first have
+            # to tell each other all of it.
+            return slopes, ops.tensordot(drop(hiddens[:-1]), slopes, ((0, 1), (0, 1)))
 
         return hiddens[1:], gradient
 
@@ -652,7 +676,9 @@ def invent(models, count, steps, seed):
     for start in range(0, count, size):
         part = slice(start, start + size)
         _invent(models, rows[part], predictions[part], rng)
-    return Corpus(alphabet, steps, rows, rows[:, -1] == 0, predictions)
+    complete = rows[:, -1] == 0
+    targets = (np.count_nonzero(rows, axis=1) + complete).astype(np.int32)
+    return Corpus(alphabet, steps, rows, targets, complete, predictions)
 
 
 def _invent(models, rows, predictions, rng):

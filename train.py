@@ -1,13 +1,18 @@
 """Learns to write sequences like those in a file and saves what it learned as an `.h5`."""
 
 import argparse
+import atexit
 import contextlib
+import ctypes
+import dataclasses
 import gc
 import hashlib
 import importlib.util
 import itertools
+import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -30,6 +35,7 @@ does a larger --epochs. Ctrl-C stops; what the last whole epoch learned is kept.
 
 REUSE = 4  # how often a sequence that teachers invented is learned from
 PREDICTIONS = 2**24  # of what they predict of it, the most numbers that are kept at a time
+ARRIVAL = 300  # seconds that the processes of a group wait for each other to begin
 NOTHING_SAVED = "nothing new was saved"
 # Set by Ctrl-C, since a library can make another error of a KeyboardInterrupt or drop it.
 stop_requested = threading.Event()
@@ -158,6 +164,14 @@ def parse_arguments(arguments=None):
     )
     file.add_argument(
         "--overwrite", action="store_true", help="start over if there is such a file already"
+    )
+
+    machines = parser.add_argument_group("machines")
+    machines.add_argument(
+        "--distribute",
+        action="store_true",
+        help="use all devices of this host or, where Keras's KERAS_DISTRIBUTION_… variables "
+        "are set, of all hosts; needs KERAS_BACKEND=jax",
     )
     return parser, parser.parse_args(arguments)
 
@@ -416,7 +430,8 @@ def make_calls(corpus, chosen, batch_size, steps, lengths=None, seed=None):
         how many targets each sequence gives, an int32 array `(steps, part of
         the batch)`, or `(rows, targets, predictions)` if the corpus has any;
         and how many of the batches are real. Rows that are not, in those or
-        in the last real one, have no targets.
+        in the last real one, have no targets. Rows and predictions that the
+        corpus does not keep are 0.
     """
     rng = None if seed is None else np.random.default_rng(seed)
     order = chosen if rng is None else rng.permutation(chosen)
@@ -444,30 +459,33 @@ def make_calls(corpus, chosen, batch_size, steps, lengths=None, seed=None):
             length = max(1, (targets[:, columns] if divisions > 1 else goals).max())
             if lengths is not None:
                 length = lengths[np.searchsorted(lengths, length)]
-            rows, *predictions = (gather(array, order[part], steps, length) for array in arrays)
+            found = corpus.locate(order[part])
+            rows, *predictions = (gather(array, *found, steps, length) for array in arrays)
             parts.append((rows, goals, *predictions))
         yield tuple(parts), np.int32(len(batches))
 
 
-def gather(array, chosen, steps, length):
+def gather(array, kept, places, steps, length):
     """Takes sequences out of an array, each cut or padded with 0 to a length.
 
     Args:
         array: array `(sequences, longest, ...)`.
-        chosen: int array `(batches, sequences of each)`, their indices.
-        steps: int, how many batches the result has; those beyond the chosen are 0.
+        kept, places: as `model.Corpus.locate` returns them for an int array
+            `(batches, sequences of each)`.
+        steps: int, how many batches the result has; those beyond the given ones are 0.
         length: int.
 
     Returns:
-        Array `(steps, sequences of each, length, ...)`.
+        Array `(steps, sequences of each, length, ...)`, 0 where the array
+        does not keep the sequence.
     """
-    kept = array[chosen, :length]
-    padded = np.zeros((steps, chosen.shape[1], length, *array.shape[2:]), array.dtype)
-    padded[: len(kept), :, : kept.shape[2]] = kept
+    found = array[places, :length]
+    padded = np.zeros((steps, kept.shape[1], length, *array.shape[2:]), array.dtype)
+    padded[: len(kept)][kept, : found.shape[1]] = found
     return padded
 
 
-def make_invented_calls(teachers, count, longest, batch_size, steps, lengths, seed):
+def make_invented_calls(teachers, count, longest, batch_size, steps, lengths, seed, group):
     """Does what `make_calls` does with sequences that models invent.
 
     To invent a sequence is more work than to learn from it, and since its
@@ -479,6 +497,7 @@ def make_invented_calls(teachers, count, longest, batch_size, steps, lengths, se
         longest: int, how many targets each has at most.
         batch_size, steps, lengths: as `make_calls` takes them.
         seed: tuple of int.
+        group: `Group`, whose first process invents for all.
 
     Yields:
         What `make_calls` yields.
@@ -486,7 +505,14 @@ def make_invented_calls(teachers, count, longest, batch_size, steps, lengths, se
     most = max(1, PREDICTIONS // (longest * len(teachers[0].alphabet)))
     for number, start in enumerate(range(0, count, REUSE * most)):
         now = min(REUSE * most, count - start)
-        invented = model.invent(teachers, math.ceil(now / REUSE), longest, (*seed, number, 0))
+        size = 0 if group.rank else math.ceil(now / REUSE)
+        invented = model.invent(teachers, size, longest, (*seed, number, 0))
+        if group.size > 1:
+            targets = json.loads(group.exchange(json.dumps(invented.targets.tolist()))[0])
+            share = (-1, 1) if group.rank else (0, 1)
+            invented = dataclasses.replace(
+                invented, targets=np.array(targets, np.int32), share=share
+            )
         chosen = np.arange(now) % len(invented)
         yield from make_calls(invented, chosen, batch_size, steps, lengths, (*seed, number, 1))
 
@@ -556,27 +582,34 @@ def find_earlier_run(args, metadata):
         state = [] if difference else model.load_training_state(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--save_path: {error}; {ways_out}") from None
-    if not difference and not (state and is_history(found.get("history"))):
-        difference = "holds a finished model without what continuing needs"
     if difference:
-        raise UserError(f"--save_path: {path} {difference}; {ways_out}")
+        raise UserError(f"--save_path: {path} was trained with {difference}; {ways_out}")
+    if not (state and is_history(found.get("history"))):
+        raise UserError(
+            f"--save_path: {path} holds a finished model without what continuing needs; {ways_out}"
+        )
     return found["history"], best.weights, state
 
 
 def find_difference(found, metadata):
-    """Returns in which way a file's metadata are not this run's, or None."""
+    """Returns with what, a str, another run was trained, or None if it is the same run.
+
+    Args:
+        found: the other run's metadata, which may be any dict.
+        metadata: this run's, from `describe`.
+    """
     settings = found.get("settings")
     settings = settings if isinstance(settings, dict) else {}
     if "recurrent_dropout" not in settings:
-        return "was trained by an earlier version of train.py"
-    for name in SETTINGS:
-        now, then = metadata["settings"][name], settings.get(name)
+        return "an earlier version of train.py"
+    for name, now in metadata["settings"].items():
+        then = settings.get(name)
         if now != then:
-            return f"was trained with --{name} {then!r}, not {now!r}"
+            return f"--{name} {then!r}, not {now!r}"
     for name, difference in (
-        ("data", "was trained on other data"),
-        ("init_from", "was started from another model"),
-        ("teachers", "learned from other teachers"),
+        ("data", "other data (--sequence_path, --num_sequences)"),
+        ("init_from", "another --init_from"),
+        ("teachers", "other --teachers"),
     ):
         if metadata[name] != found.get(name):
             return difference
@@ -662,7 +695,228 @@ def check_backend(name):
         raise UserError(f"KERAS_BACKEND: {name} is not installed: pip install {name}")
 
 
-def prepare_network(args, corpus, training, steps, source=None):
+class Group:
+    """The processes that train one model together, and their devices.
+
+    Each of them runs this script with the same flags and data and takes its
+    share of each batch; process 0 speaks and writes for all.
+
+    Args:
+        address: str or None, where process 0 waits for the others: host:port.
+        size: int, how many processes there are.
+        rank: int, which of them this is, from 0.
+
+    Attributes:
+        distribution: `keras.distribution.DataParallel`, or None if Keras is
+            to use what it uses by itself.
+        done: bool, whether this process may wait for the others as it ends.
+    """
+
+    def __init__(self, address=None, size=1, rank=0):
+        self.address = address
+        self.size = size
+        self.rank = rank
+        self.distribution = None
+        self.done = False
+
+    def join(self):
+        """Waits for all processes and takes hold of all devices.
+
+        Raises:
+            UserError: if that fails.
+        """
+        keras = import_keras()
+        import jax
+
+        if self.size > 1:
+            self._explain_abort(
+                f"--distribute: not all {self.size} processes came to {self.address} within "
+                f"{ARRIVAL} seconds; start the same command on every host, each with its own "
+                "KERAS_DISTRIBUTION_PROCESS_ID"
+            )
+            atexit.register(self._leave)
+            # Not keras.distribution.initialize(), which waits for as long as JAX pleases, and
+            # under Slurm takes one device only.
+            with self.explained():
+                jax.distributed.initialize(
+                    self.address,
+                    self.size,
+                    self.rank,
+                    cluster_detection_method="deactivate",
+                    initialization_timeout=ARRIVAL,
+                )
+            self._explain_abort(self._lost("no word from it"))
+        with self.explained():
+            self.distribution = keras.distribution.DataParallel(auto_shard_dataset=False)
+
+    def exchange(self, text):
+        """Tells all processes a str, and returns the list of what they tell in their order."""
+        if self.size == 1:
+            return [text]
+        from jax.experimental.multihost_utils import process_allgather
+
+        data = np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
+        with self.explained():
+            longest = process_allgather(np.int32(len(data))).max()
+            padded = np.zeros(1 << int(longest).bit_length(), np.uint8)  # each size is compiled
+            padded[: len(data)] = data
+            rows = process_allgather(padded)
+        return [bytes(row).rstrip(b"\0").decode("utf-8", "surrogateescape") for row in rows]
+
+    def lead(self, action, *arguments):
+        """Lets process 0 call a function, and all wait for it.
+
+        Returns:
+            What it returns, or in another process None.
+
+        Raises:
+            UserError: in all processes, if it does so in that one.
+        """
+        result, message = None, ""
+        try:
+            if self.rank == 0:
+                result = action(*arguments)
+        except UserError as error:
+            message = str(error)
+        message = self.exchange(message)[0]
+        if message:
+            raise UserError(message)
+        return result
+
+    def agree(self, metadata, **settings):
+        """Makes sure that all processes train the same.
+
+        Args:
+            metadata: this process's, from `describe`.
+            settings: what they need not be alike in to continue a file, but
+                here must.
+
+        Raises:
+            UserError: in all processes, with the first difference.
+        """
+        mine = {**metadata, "settings": {**metadata["settings"], **settings}}
+        first, *others = map(json.loads, self.exchange(json.dumps(mine)))
+        for rank, other in enumerate(others, start=1):
+            difference = find_difference(other, first)
+            if difference:
+                raise UserError(
+                    f"--distribute: process {rank} was started with {difference} as process 0 "
+                    "was; start all of them with the same flags and data"
+                )
+
+    def spread(self, variables):
+        """Gives Keras variables the values that they have in process 0, on all devices."""
+        if not self.distribution:
+            return
+        import jax
+        from jax.experimental.multihost_utils import broadcast_one_to_all
+
+        with self.explained():
+            values = broadcast_one_to_all([np.asarray(variable.value) for variable in variables])
+        for variable, value in zip(variables, values):
+            layout = self.distribution.get_variable_layout(variable).backend_layout
+            variable.assign(jax.make_array_from_process_local_data(layout, value))
+
+    @contextlib.contextmanager
+    def explained(self):
+        """Makes a `UserError` of any other that comes of what all processes take part in."""
+        try:
+            yield
+        except Exception as error:
+            if self.size == 1 or stop_requested.is_set():
+                raise
+            raise UserError(self._lost(str(error).partition("\n")[0])) from None
+
+    def _lost(self, reason):
+        return (
+            f"--distribute: another process has ended or can't be reached ({reason}); whole "
+            "epochs are kept, and the same command, started again on every host, continues"
+        )
+
+    def _explain_abort(self, message):
+        # When another process is lost, a thread of JAX prints pages and aborts.
+        line = f"train.py: error: {message}\n".encode()
+        stderr = sys.stderr.fileno()
+
+        def end(signal_number):
+            os.write(stderr, line)
+            os._exit(2)
+
+        handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+        ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+        self._handler = handler  # which must live as long as it may be called
+
+    def _leave(self):
+        # JAX would wait until the others end too, while they wait for this one.
+        if not self.done:
+            sys.stdout.flush()
+            os._exit(130 if stop_requested.is_set() else 2)
+
+
+def find_group(distribute):
+    """Reads from the environment which process of how many this one is.
+
+    The variables are those of `keras.distribution.initialize`.
+
+    Args:
+        distribute: bool, whether there may be others.
+
+    Returns:
+        `Group`, which is still to be joined.
+
+    Raises:
+        UserError: if that can't be, or the variables make no sense.
+    """
+    if not distribute:
+        return Group()
+    if os.environ.get("KERAS_BACKEND") != "jax":
+        raise UserError(
+            "--distribute: needs Keras on JAX: pip install jax, and set KERAS_BACKEND=jax"
+        )
+    prefix = "KERAS_DISTRIBUTION_"
+    names = [prefix + name for name in ("JOB_ADDRESSES", "NUM_PROCESSES", "PROCESS_ID")]
+    values = [os.environ.get(name) for name in names]
+    if not any(values):
+        return Group()
+    for name, value in zip(names, values):
+        if not value:
+            raise UserError(f"--distribute: set {name} too, or none of {', '.join(names)}")
+    addresses = values[0].split(",")
+    try:
+        name = names[1]
+        size = within(int, 1, 2**16)(values[1])
+        name = names[2]
+        rank = within(int, 0, size - 1)(values[2])
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise UserError(f"--distribute: {name}: {error}") from None
+    if len(addresses) not in (1, size) or not all(
+        re.fullmatch(r".+:[0-9]{1,5}", address) for address in addresses
+    ):
+        raise UserError(
+            f"--distribute: {names[0]}: not a host:port for each of {size} processes, or only "
+            f"for process 0: {values[0]}"
+        )
+    return Group(addresses[0], size, rank)
+
+
+def mute(speak):
+    """Hides what libraries write to stdout and stderr past Python, for good.
+
+    Args:
+        speak: bool, whether Python may still write to stdout.
+    """
+    with open(os.devnull, "w") as nowhere:
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            stream = getattr(sys, name)
+            stream.flush()
+            own = os.dup(number)
+            os.dup2(nowhere.fileno(), number)
+            if speak or stream is sys.stderr:
+                options = {"encoding": stream.encoding, "errors": stream.errors}
+                setattr(sys, name, os.fdopen(own, "w", buffering=1, **options))
+
+
+def prepare_network(args, corpus, training, steps, source, group):
     """Builds and compiles the Keras network and its optimizer.
 
     Args:
@@ -671,6 +925,7 @@ def prepare_network(args, corpus, training, steps, source=None):
         training: int array, the indices of the sequences that are learned.
         steps: int, how many training steps all epochs take together.
         source: `SequenceModel` or None, whose weights to start from.
+        group: `Group`.
 
     Returns:
         A `keras.Sequential` that knows what `source` does or, without one,
@@ -694,9 +949,11 @@ def prepare_network(args, corpus, training, steps, source=None):
     network.optimizer.build(network.trainable_variables)
     # The softmax starts from the frequencies of the targets: a good place to learn
     # from, and what never is one (the end, if all sequences were cut) stays unlikely.
+    _, places = corpus.locate(training)
     counts = sum(
-        np.bincount(column[training], minlength=len(corpus.alphabet)) for column in corpus.rows.T
+        np.bincount(column[places], minlength=len(corpus.alphabet)) for column in corpus.rows.T
     )
+    counts = sum(np.array(json.loads(text)) for text in group.exchange(json.dumps(counts.tolist())))
     counts[0] = np.count_nonzero(corpus.complete[training])
     bias = np.log((counts + 0.5) / counts.sum())
     weights = network.get_weights()
@@ -749,13 +1006,14 @@ def differentiate_by_hand(network, choice):
     return layers[0].by_hand
 
 
-def compile_for_tensorflow(network, batch_size, scale):
+def compile_for_tensorflow(network, batch_size, scale, group):
     """Makes the functions that train and evaluate a network on TensorFlow.
 
     Args:
         network: the compiled Keras network.
         batch_size: int, how many sequences a batch has.
         scale: float, what a step multiplies its loss with.
+        group: `Group`, of this process and its devices alone.
 
     Returns:
         Tuple `(learn, evaluate, fixed)`: two functions from what `make_calls`
@@ -814,12 +1072,19 @@ def compile_for_tensorflow(network, batch_size, scale):
     return compiled(learn_batch, xla), compiled(evaluate_batch, False), (xla, False)
 
 
-def compile_for_jax(network, batch_size, scale):
-    """Does on JAX, which always compiles, what `compile_for_tensorflow` does there."""
-    import jax
-    from keras import StatelessScope
+def compile_for_jax(network, batch_size, scale, group):
+    """Does on JAX, which always compiles, what `compile_for_tensorflow` does there.
 
-    differentiate_by_hand(network, jax.default_backend() == "cpu")
+    If the group has a distribution, each device works on its part of each
+    batch, and XLA adds up what they find.
+    """
+    import jax
+    import jax.numpy as jnp
+    import keras
+
+    distribution = group.distribution
+    # The LSTM of cuDNN can't be divided among devices.
+    differentiate_by_hand(network, distribution is not None or jax.default_backend() == "cpu")
 
     groups = (
         network.trainable_variables,
@@ -829,7 +1094,7 @@ def compile_for_jax(network, batch_size, scale):
 
     def loss_of(trainable, others, parts, training):
         mapping = [*zip(groups[0], trainable), *zip(groups[1], others)]
-        with StatelessScope(state_mapping=mapping) as scope:
+        with keras.StatelessScope(state_mapping=mapping) as scope:
             loss = sum(model.total_loss(network, *part, training=training) for part in parts)
         return loss * scale, (loss, [scope.get_current_value(each) for each in groups[1]])
 
@@ -843,8 +1108,30 @@ def compile_for_jax(network, batch_size, scale):
     def evaluate_batch(state, parts):
         return state, loss_of(*state[:2], parts, False)[1][0]
 
+    def give(array):
+        # Each process gives the rows that it keeps and zeros for the others.
+        local = np.zeros((jax.local_device_count(), *array.shape), array.dtype)
+        local[0] = array
+        layout = distribution.get_data_layout(local.shape).backend_layout
+        return jax.make_array_from_process_local_data(layout, local)
+
+    def divide(given):
+        # Here their sum, which has all rows, is cut into one part of the batch a device.
+        steps_of_batches = given.sum(0, dtype=given.dtype)
+        devices, size = given.shape[0], steps_of_batches.shape[1]
+        missing = -size % devices
+        padding = [(0, missing if axis == 1 else 0) for axis in range(steps_of_batches.ndim)]
+        layout = keras.distribution.TensorLayout(
+            [None, distribution.batch_dim_name], distribution.device_mesh
+        )
+        padded = jnp.pad(steps_of_batches, padding)
+        return keras.distribution.distribute_tensor(padded, layout)
+
     def compiled(function):
         def call(state, parts, count):
+            if distribution:
+                parts = jax.tree.map(divide, parts)
+
             def body(step, carry):
                 state, total = carry
                 state, loss = function(state, jax.tree.map(lambda array: array[step], parts))
@@ -852,15 +1139,27 @@ def compile_for_jax(network, batch_size, scale):
 
             return jax.lax.fori_loop(0, count, body, (state, 0.0))
 
-        call = jax.jit(call, donate_argnums=0)
+        everywhere = None
+        if distribution:
+            everywhere = keras.distribution.TensorLayout([], distribution.device_mesh)
+            everywhere = everywhere.backend_layout
+        call = jax.jit(call, donate_argnums=0, out_shardings=everywhere)
 
         def update(parts, count):
-            state = tuple([variable.value for variable in group] for group in groups)
-            state, total = call(state, parts, count)
+            if distribution:
+                # The targets are known to all.
+                parts = [
+                    (rows, targets * (group.rank == 0), *rest) for rows, targets, *rest in parts
+                ]
+                parts = jax.tree.map(give, parts)
+            state = tuple([variable.value for variable in each] for each in groups)
+            with group.explained():
+                state, total = call(state, parts, count)
+                total = float(total)
             for variables, values in zip(groups, state):
                 for variable, value in zip(variables, values):
                     variable.assign(value)
-            return float(total)
+            return total
 
         return update
 
@@ -870,7 +1169,7 @@ def compile_for_jax(network, batch_size, scale):
 COMPILERS = {"tensorflow": compile_for_tensorflow, "jax": compile_for_jax}
 
 
-def fit(args, metadata, corpus, training, held_out, source, teachers, earlier):
+def fit(args, metadata, corpus, training, held_out, source, teachers, earlier, group):
     """Trains, saving after each epoch.
 
     Args:
@@ -881,20 +1180,23 @@ def fit(args, metadata, corpus, training, held_out, source, teachers, earlier):
         source: `SequenceModel` or None, whose weights to start from.
         teachers: list of `SequenceModel`, those to learn from, or empty.
         earlier: tuple `(weights, state)`, the best weights so far and the
-            training state; or None if this run begins.
+            training state; or None if this run begins, or in another process
+            than the first.
+        group: `Group`.
 
     Raises:
         UserError: if the loss stops being a number, the file can't be
-            written, or the earlier run's state can't be taken up.
+            written, the earlier run's state can't be taken up, or another
+            process is lost.
     """
     keras = import_keras()
     batch_size = min(args.batch_size, len(training))
     batches = math.ceil(len(training) / batch_size)
-    network = prepare_network(args, corpus, training, args.epochs * batches, source)
+    network = prepare_network(args, corpus, training, args.epochs * batches, source, group)
     variables = network.variables + network.optimizer.variables
     best, state = earlier or (None, [])
-    if state:
-        take_up(args, variables, state)
+    group.lead(take_up, args, variables, state)
+    group.spread(variables)
     metadata["versions"] = {"keras": keras.__version__, "numpy": np.__version__}
     history = metadata["history"]
     print(f"Network: {args.layers} × LSTM({args.units}), {network.count_params():,} parameters")
@@ -902,11 +1204,11 @@ def fit(args, metadata, corpus, training, held_out, source, teachers, earlier):
     # Every target weighs the same, whichever batch it is in.
     scale = 1 / (batch_size * corpus.targets[training].mean())
     compiler = COMPILERS[keras.backend.backend()]
-    learn, evaluate, fixed = compiler(network, batch_size, scale)
+    learn, evaluate, fixed = compiler(network, batch_size, scale, group)
     steps, lengths = plan_calls(args, corpus, batch_size, args.epochs * batches)
     to_learn, to_evaluate = (lengths if each else None for each in fixed)
 
-    log = open_log(args.log_dir, history) if args.log_dir else None
+    log = group.lead(open_log, args.log_dir, history) if args.log_dir else None
     first, begun = len(history["loss"]), time.monotonic()
     for epoch in range(first, args.epochs):
         title = f"Epoch {epoch + 1}/{args.epochs}"
@@ -914,7 +1216,7 @@ def fit(args, metadata, corpus, training, held_out, source, teachers, earlier):
         start = time.monotonic()
         if teachers:
             plan = len(training), corpus.targets.max(), batch_size, steps, to_learn, seed
-            calls = make_invented_calls(teachers, *plan)
+            calls = make_invented_calls(teachers, *plan, group)
         else:
             calls = make_calls(corpus, training, batch_size, steps, to_learn, seed)
         losses = {"loss": pass_over(learn, calls, title, len(training))}
@@ -932,23 +1234,29 @@ def fit(args, metadata, corpus, training, held_out, source, teachers, earlier):
         weights = network.get_weights()
         if epochs_since_best(grown) == 0:
             best = weights
-        state = [keras.ops.convert_to_numpy(variable) for variable in variables]
-        save(args, network, best, {**metadata, "history": grown}, state)
+
+        group.lead(save, args, network, best, {**metadata, "history": grown}, variables)
         history.update(grown)
         left = (time.monotonic() - begun) / (epoch + 1 - first) * (args.epochs - epoch - 1)
         figures = [f"{name}: {loss:.4f}" for name, loss in losses.items()]
         figures += [f"{rate:,.0f} sequences/s", f"{model.describe_time(left)} left"]
         print(" - ".join([title, *figures]))
         current = SequenceModel(corpus.alphabet, metadata["max_len"], weights)
-        show_invented(current.sample(count=8, seed=seed), corpus, training)
-        if log:
-            log()
+        texts = list(current.sample(count=8, seed=seed)) if group.rank == 0 else []
+        show_invented(texts, corpus, training, group)
+        if args.log_dir:
+            group.lead(log)
         if args.patience and epochs_since_best(history) >= args.patience:
             break
 
 
 def take_up(args, variables, state):
-    """Sets variables to what an earlier run's were, or raises a `UserError` if it can't."""
+    """Sets variables to what an earlier run's were, or raises a `UserError` if it can't.
+
+    Without an earlier run, whose state is empty, they stay as they are.
+    """
+    if not state:
+        return
     if [array.shape for array in state] != [tuple(variable.shape) for variable in variables]:
         raise UserError(
             f"--save_path: {args.save_path} was trained with a version of Keras that this "
@@ -958,10 +1266,11 @@ def take_up(args, variables, state):
         variable.assign(array)
 
 
-def save(args, *content):
-    """Writes what `model.save` takes to `--save_path`, or raises a `UserError` if it can't."""
+def save(args, network, best, metadata, variables):
+    """Writes what an epoch learned to `--save_path`, or raises a `UserError` if it can't."""
     try:
-        model.save(args.save_path, *content)
+        state = [np.asarray(variable) for variable in variables]
+        model.save(args.save_path, network, best, metadata, state)
     except OSError as error:
         raise UserError(
             f"--save_path: can't write {args.save_path}: {error.strerror}; "
@@ -1012,24 +1321,32 @@ def pass_over(function, calls, title, total):
     return nats / targets if targets else nats
 
 
-def show_invented(texts, corpus, training):
+def show_invented(texts, corpus, training, group):
     """Prints invented sequences: first the new ones, then those in the training data.
 
     Args:
-        texts: iterable of str, of characters of the alphabet.
+        texts: list of str, of characters of the alphabet; those in process 0 count.
         corpus: `model.Corpus`.
         training: int array, the indices of the sequences that were learned.
+        group: `Group`, whose processes look in their shares of the data.
     """
-    groups = {"new": [], "known": []}
+    texts = json.loads(group.exchange(json.dumps(texts))[0])
+    _, places = corpus.locate(training)
+    known = []
     for text in texts:
         row = np.zeros(max(len(text), corpus.rows.shape[1]), corpus.rows.dtype)
         row[: len(text)] = corpus.alphabet.encode(text)
-        known = any(
-            (corpus.rows[training[start : start + 65536]] == row).all(axis=1).any()
-            for start in range(0, len(training), 65536)
-            if len(row) == corpus.rows.shape[1]
+        known.append(
+            any(
+                (corpus.rows[places[start : start + 65536]] == row).all(axis=1).any()
+                for start in range(0, len(places), 65536)
+                if len(row) == corpus.rows.shape[1]
+            )
         )
-        groups["known" if known else "new"].append(model.printable(text) or "(empty)")
+    known = map(any, zip(*map(json.loads, group.exchange(json.dumps(known)))))
+    groups = {"new": [], "known": []}
+    for text, is_known in zip(texts, known):
+        groups["known" if is_known else "new"].append(model.printable(text) or "(empty)")
     for name, found in groups.items():
         if found:
             print(f"invented, {name}: " + "  ".join(found))
@@ -1092,13 +1409,17 @@ def run(args):
     """
     if os.environ.get("KERAS_BACKEND"):
         check_backend(os.environ["KERAS_BACKEND"])
+    group = find_group(args.distribute)
+    if group.size > 1:
+        print(f"Process {group.rank} of {group.size}, which meet at {group.address}")
+        mute(speak=group.rank == 0)
     loaded = read_teachers(args)
     source, teachers = read_source(args), [teacher for teacher, _ in loaded]
     known = "".join(each.alphabet.symbols[1:] for each in (source, *teachers) if each)
     corpus = read_corpus(args, "".join(sorted(set(known))))
     metadata = describe(args, corpus, source, teachers)
     check_teachers(args, loaded, corpus, metadata["data"])
-    earlier = find_earlier_run(args, metadata)
+    earlier = None if group.rank else find_earlier_run(args, metadata)
     training, held_out = split(corpus, args.validation_split)
     print(
         f"Read {len(corpus):,} sequences, {np.count_nonzero(corpus.rows):,} characters, "
@@ -1117,12 +1438,17 @@ def run(args):
 
     if earlier:
         metadata["history"], *earlier = earlier
+    if args.distribute:
+        group.join()
+        group.agree(metadata, epochs=args.epochs, patience=args.patience)
+        metadata["history"] = json.loads(group.exchange(json.dumps(metadata["history"]))[0])
+        corpus = corpus.take_share(group.rank, group.size)
     history = metadata["history"]
     done = len(history["loss"])
     if done >= args.epochs or (args.patience and epochs_since_best(history) >= args.patience):
         print(f"{args.save_path} is finished: it has learned for {done} epochs")
     else:
-        if args.log_dir is not None:
+        if args.log_dir is not None and group.rank == 0:
             try:
                 os.makedirs(args.log_dir, exist_ok=True)
             except OSError as error:
@@ -1132,7 +1458,7 @@ def run(args):
         if done:
             print(f"Continuing {args.save_path} after epoch {done}")
         try:
-            fit(args, metadata, corpus, training, held_out, source, teachers, earlier)
+            fit(args, metadata, corpus, training, held_out, source, teachers, earlier, group)
         except (Exception, KeyboardInterrupt):
             if not stop_requested.is_set():
                 raise
@@ -1149,6 +1475,7 @@ def run(args):
         f"perplexity {perplexity:.4g}"
     )
     print(f"Sample from it: python sample.py --weights_path {shlex.quote(args.save_path)}")
+    group.done = True
 
 
 def explain_stop(args, history):

@@ -304,9 +304,9 @@ def test_another_run_never_replaces_a_file_unless_told_to(trained, tmp_path):
         ("--units", 16): "was trained with --units 32, not 16",
         ("--seed", 1): "was trained with --seed 0, not 1",
         ("--max_len", 7): "was trained with --max_len 8, not 7",
-        ("--num_sequences", 999): "was trained on other data",
+        ("--num_sequences", 999): "was trained with other data",
         ("--sentinel", "|"): "was trained with --sentinel ' ', not '|'",
-        ("--sequence_path", tmp_path / "other.txt"): "was trained on other data",
+        ("--sequence_path", tmp_path / "other.txt"): "was trained with other data",
     }.items():
         process = run(*shlex.split(CONTRACT), *change, cwd=folder)
         assert_one_line_error(process, "train.py")
@@ -434,10 +434,12 @@ LEARN = """
     corpus = train.read_corpus(args)
     everything = np.arange(min(len(corpus), 5 * args.batch_size))
     keras = train.import_keras()
-    network = train.prepare_network(args, corpus, everything, 100)
+    network = train.prepare_network(args, corpus, everything, 100, None, train.Group())
     before = network.get_weights()
     scale = 1 / (args.batch_size * corpus.targets.mean())
-    learn, evaluate, _ = train.COMPILERS[keras.backend.backend()](network, args.batch_size, scale)
+    learn, evaluate, _ = train.COMPILERS[keras.backend.backend()](
+        network, args.batch_size, scale, train.Group()
+    )
     calls = list(train.make_calls(corpus, everything, args.batch_size, 1, None, 1))
     untrained = sum(evaluate(*call) for call in calls)
     losses = [learn(*call) for call in calls]
@@ -609,7 +611,7 @@ def test_an_extended_model_gives_the_old_sequences_the_same_odds():
     assert corpus.alphabet.symbols == "\nabcdfé"
     arguments = ["--units", "8", "--layers", "2", "--seed", "3"]
     _, args = train.parse_arguments(arguments)
-    network = train.prepare_network(args, corpus, np.arange(3), 10, source)
+    network = train.prepare_network(args, corpus, np.arange(3), 10, source, train.Group())
     extended = SequenceModel(corpus.alphabet, 6, network.get_weights())
     known = [corpus.alphabet.symbols.index(symbol) for symbol in source.alphabet.symbols]
     for text in ("", "b", "dcfb", "ffffff"):
@@ -643,7 +645,7 @@ def test_a_model_is_tuned_on_other_data_into_another_file(tmp_path):
     copy.write_bytes(before)
     (tmp_path / "other.h5").write_bytes((tmp_path / "incognito_model.h5").read_bytes())
     for change, message in {
-        ("--init_from", "other.h5"): "was started from another model",
+        ("--init_from", "other.h5"): "was trained with another --init_from",
         ("--init_from", PRE_TRAINED / "english_words_5000.h5"): "contains the sentinel ' '",
         ("--units", 64): "--units: ",
         ("--layers", 3): "--layers: ",
@@ -670,7 +672,7 @@ def save_teacher(path, teacher, texts, flags=()):
     _, args = train.parse_arguments(flags)
     corpus = model.encode(texts, max_len=args.max_len)
     train.import_keras()
-    network = train.prepare_network(args, corpus, np.arange(len(texts)), 1)
+    network = train.prepare_network(args, corpus, np.arange(len(texts)), 1, None, train.Group())
     model.save(path, network, teacher.weights, train.describe(args, corpus, None, []))
 
 
@@ -705,7 +707,7 @@ def test_a_model_learns_what_its_teachers_predict_together(tmp_path):
 def test_an_epoch_of_invented_sequences_uses_each_as_often_as_others(monkeypatch, kept):
     monkeypatch.setattr(train, "PREDICTIONS", kept)
     teacher = random_model("\nabcdefgh", max_len=9)
-    calls = list(train.make_invented_calls([teacher], 1000, 10, 32, 5, None, (3, 1)))
+    calls = list(train.make_invented_calls([teacher], 1000, 10, 32, 5, None, (3, 1), train.Group()))
     assert len({part[0].shape[:2] for parts, _ in calls for part in parts}) == 1
     rows = [
         row.tobytes()
@@ -722,8 +724,8 @@ def test_an_epoch_of_invented_sequences_uses_each_as_often_as_others(monkeypatch
     long = [row for row in rows if row.count(0) < 4]  # not likely to be invented twice
     counts = np.array([long.count(row) for row in long])
     assert np.mean(counts == train.REUSE) > 0.9
-    again = list(train.make_invented_calls([teacher], 1000, 10, 32, 5, None, (3, 1)))
-    other = list(train.make_invented_calls([teacher], 1000, 10, 32, 5, None, (3, 2)))
+    again = list(train.make_invented_calls([teacher], 1000, 10, 32, 5, None, (3, 1), train.Group()))
+    other = list(train.make_invented_calls([teacher], 1000, 10, 32, 5, None, (3, 2), train.Group()))
     same = [
         all(np.array_equal(a[0][0][0], b[0][0][0]) for a, b in zip(calls, others))
         for others in (again, other)
@@ -759,7 +761,11 @@ def test_models_that_can_not_teach_are_named(finished):
         ("fewer.h5",): "fewer.h5 may have learned what is held out to validate: its data,",
         ("all.h5",): "held out to validate: its --validation_split was 0.0, not 0.1; train",
         (path, "--save_path", path): f"--save_path: {path} is the file of --teachers",
-        (path, "--save_path", finished / "copy.h5"): "copy.h5 learned from other teachers; pass",
+        (
+            path,
+            "--save_path",
+            finished / "copy.h5",
+        ): "copy.h5 was trained with other --teachers; pass",
     }.items():
         (finished / "copy.h5").write_bytes(before)
         process = run("train.py", *SMALL, "--teachers", *flags, cwd=finished)
