@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -800,8 +801,8 @@ class Group:
             difference = find_difference(other, first)
             if difference:
                 raise UserError(
-                    f"--distribute: process {rank} was started with {difference} as process 0 "
-                    "was; start all of them with the same flags and data"
+                    f"--distribute: process {rank} differs from process 0, it was started with "
+                    f"{difference}; start all of them with the same flags and data"
                 )
 
     def spread(self, variables):
@@ -830,7 +831,8 @@ class Group:
     def _lost(self, reason):
         return (
             f"--distribute: another process has ended or can't be reached ({reason}); whole "
-            "epochs are kept, and the same command, started again on every host, continues"
+            "epochs are kept, and the same command without --overwrite, started again on every "
+            "host, continues"
         )
 
     def _explain_abort(self, message):
@@ -881,21 +883,32 @@ def find_group(distribute):
     for name, value in zip(names, values):
         if not value:
             raise UserError(f"--distribute: set {name} too, or none of {', '.join(names)}")
-    addresses = values[0].split(",")
     try:
-        name = names[1]
-        size = within(int, 1, 2**16)(values[1])
-        name = names[2]
-        rank = within(int, 0, size - 1)(values[2])
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        raise UserError(f"--distribute: {name}: {error}") from None
+        rank, size = int(values[2]), int(values[1])
+    except ValueError:
+        rank = size = 0
+    if not 0 <= rank < size:
+        raise UserError(
+            f"--distribute: {names[2]} must be a whole number from 0 to one less than {names[1]}. "
+            f"Received: {values[2]} and {values[1]}"
+        )
+    addresses = values[0].split(",")
+    ports = [re.fullmatch(r".+:(\d{1,5})", address) for address in addresses]
     if len(addresses) not in (1, size) or not all(
-        re.fullmatch(r".+:[0-9]{1,5}", address) for address in addresses
+        port and 0 < int(port[1]) < 2**16 for port in ports
     ):
         raise UserError(
-            f"--distribute: {names[0]}: not a host:port for each of {size} processes, or only "
-            f"for process 0: {values[0]}"
+            f"--distribute: {names[0]} must be a host:port for each of {size} processes, or only "
+            f"for the first. Received: {values[0]}"
         )
+    if rank == 0 and size > 1:  # JAX would crash
+        try:
+            socket.create_server(("", int(ports[0][1]))).close()
+        except OSError as error:
+            raise UserError(
+                f"--distribute: {names[0]}: can't use port {ports[0][1]} of this host: "
+                f"{os.strerror(error.errno)}; name another one"
+            ) from None
     return Group(addresses[0], size, rank)
 
 
@@ -1352,6 +1365,16 @@ def show_invented(texts, corpus, training, group):
             print(f"invented, {name}: " + "  ".join(found))
 
 
+def make_log_dir(folder):
+    """Makes a folder unless it exists, or raises a `UserError`."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--log_dir: can't make {folder}: {error.strerror}; name a folder"
+        ) from None
+
+
 def open_log(folder, history):
     """Begins to log losses for people to watch.
 
@@ -1448,13 +1471,8 @@ def run(args):
     if done >= args.epochs or (args.patience and epochs_since_best(history) >= args.patience):
         print(f"{args.save_path} is finished: it has learned for {done} epochs")
     else:
-        if args.log_dir is not None and group.rank == 0:
-            try:
-                os.makedirs(args.log_dir, exist_ok=True)
-            except OSError as error:
-                raise UserError(
-                    f"--log_dir: can't make {args.log_dir}: {error.strerror}; name a folder"
-                ) from None
+        if args.log_dir is not None:
+            group.lead(make_log_dir, args.log_dir)
         if done:
             print(f"Continuing {args.save_path} after epoch {done}")
         try:
