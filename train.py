@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import gc
 import hashlib
 import importlib.util
@@ -12,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import queue
 import re
 import shlex
 import signal
@@ -738,17 +740,20 @@ class Group:
             atexit.register(self._leave)
             # Not keras.distribution.initialize(), which waits for as long as JAX pleases, and
             # under Slurm takes one device only.
-            with self.explained():
-                jax.distributed.initialize(
+            self.together(
+                functools.partial(
+                    jax.distributed.initialize,
                     self.address,
                     self.size,
                     self.rank,
                     cluster_detection_method="deactivate",
                     initialization_timeout=ARRIVAL,
                 )
+            )
             self._explain_abort(self._lost("no word from it"))
-        with self.explained():
-            self.distribution = keras.distribution.DataParallel(auto_shard_dataset=False)
+        self.distribution = self.together(
+            functools.partial(keras.distribution.DataParallel, auto_shard_dataset=False)
+        )
 
     def exchange(self, text):
         """Tells all processes a str, and returns the list of what they tell in their order."""
@@ -757,11 +762,10 @@ class Group:
         from jax.experimental.multihost_utils import process_allgather
 
         data = np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
-        with self.explained():
-            longest = process_allgather(np.int32(len(data))).max()
-            padded = np.zeros(1 << int(longest).bit_length(), np.uint8)  # each size is compiled
-            padded[: len(data)] = data
-            rows = process_allgather(padded)
+        longest = self.together(process_allgather, np.int32(len(data))).max()
+        padded = np.zeros(1 << int(longest).bit_length(), np.uint8)  # each size is compiled
+        padded[: len(data)] = data
+        rows = self.together(process_allgather, padded)
         return [bytes(row).rstrip(b"\0").decode("utf-8", "surrogateescape") for row in rows]
 
     def lead(self, action, *arguments):
@@ -812,21 +816,35 @@ class Group:
         import jax
         from jax.experimental.multihost_utils import broadcast_one_to_all
 
-        with self.explained():
-            values = broadcast_one_to_all([np.asarray(variable.value) for variable in variables])
+        values = [np.asarray(variable.value) for variable in variables]
+        values = self.together(broadcast_one_to_all, values)
         for variable, value in zip(variables, values):
             layout = self.distribution.get_variable_layout(variable).backend_layout
             variable.assign(jax.make_array_from_process_local_data(layout, value))
 
-    @contextlib.contextmanager
-    def explained(self):
-        """Makes a `UserError` of any other that comes of what all processes take part in."""
-        try:
-            yield
-        except Exception as error:
-            if self.size == 1 or stop_requested.is_set():
-                raise
-            raise UserError(self._lost(str(error).partition("\n")[0])) from None
+    def together(self, function, *arguments):
+        """Calls a function that all processes take part in, and returns what it returns.
+
+        Raises:
+            UserError: instead of what it raises, which comes of another
+                process that is lost. Alone it raises that itself.
+        """
+        if self.size == 1:
+            return function(*arguments)
+        results = queue.SimpleQueue()
+
+        def call():
+            try:
+                results.put((function(*arguments), None))
+            except Exception as error:
+                results.put((None, str(error).partition("\n")[0]))
+
+        # In a thread, because while JAX waits for others, it does not hear Ctrl-C.
+        threading.Thread(target=call, daemon=True).start()
+        result, reason = results.get()
+        if reason is not None:
+            raise UserError(self._lost(reason))
+        return result
 
     def _lost(self, reason):
         return (
@@ -1096,8 +1114,10 @@ def compile_for_jax(network, batch_size, scale, group):
     import keras
 
     distribution = group.distribution
-    # The LSTM of cuDNN can't be divided among devices.
     differentiate_by_hand(network, distribution is not None or jax.default_backend() == "cpu")
+    if distribution:  # an LSTM of cuDNN can't be divided among devices
+        for layer in network.layers:
+            layer.use_cudnn = False
 
     groups = (
         network.trainable_variables,
@@ -1158,6 +1178,10 @@ def compile_for_jax(network, batch_size, scale, group):
             everywhere = everywhere.backend_layout
         call = jax.jit(call, donate_argnums=0, out_shardings=everywhere)
 
+        def run(*arguments):
+            state, total = call(*arguments)
+            return state, float(total)
+
         def update(parts, count):
             if distribution:
                 # The targets are known to all.
@@ -1166,9 +1190,7 @@ def compile_for_jax(network, batch_size, scale, group):
                 ]
                 parts = jax.tree.map(give, parts)
             state = tuple([variable.value for variable in each] for each in groups)
-            with group.explained():
-                state, total = call(state, parts, count)
-                total = float(total)
+            state, total = group.together(run, state, parts, count)
             for variables, values in zip(groups, state):
                 for variable, value in zip(variables, values):
                     variable.assign(value)

@@ -318,6 +318,17 @@ def test_what_process_0_can_not_write_stops_them_all(hosts):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ctrl_c_stops_one_that_waits_for_the_others(hosts, rank):
+    [process] = start(hosts[:2], SMALL, ranks=[rank])
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    [(_, errors)] = finish([process], 10)
+    assert process.returncode == 130
+    assert errors == "\nStopped: nothing new was saved.\n"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_ctrl_c_in_one_process_stops_them_all(hosts, victim):
     processes = start(hosts[:2], [*SMALL, "--epochs", 100000])
