@@ -855,7 +855,7 @@ class Group:
 
     def _explain_abort(self, message):
         # When another process is lost, a thread of JAX prints pages and aborts.
-        line = f"train.py: error: {message}\n".encode()
+        line = f"train.py: error: {model.printable(message)}\n".encode()
         stderr = sys.stderr.fileno()
 
         def end(signal_number):
