@@ -738,6 +738,7 @@ class Group:
                 "KERAS_DISTRIBUTION_PROCESS_ID"
             )
             atexit.register(self._leave)
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")  # older ones have none
             # Not keras.distribution.initialize(), which waits for as long as JAX pleases, and
             # under Slurm takes one device only.
             self.together(
