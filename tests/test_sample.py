@@ -368,7 +368,8 @@ def evaluate_in_keras(path, texts, max_len):
     rows = np.zeros((len(texts), max_len), int)
     for row, text in zip(rows, texts):
         row[: len(text[:max_len])] = alphabet.encode(text[:max_len])
-    targets = np.array([min(len(text) + 1, max_len) for text in texts])
+    # One a character, and one for an end that was not cut off.
+    targets = np.array([len(text[:max_len]) + (len(text) <= max_len) for text in texts])
     rows = np.pad(rows, [(0, 0), (1, 1)])
     inputs = np.eye(len(alphabet), dtype=np.float32)[rows[:, :-1]]
     weights = np.arange(rows.shape[1] - 1) < targets[:, None]

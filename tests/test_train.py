@@ -262,7 +262,7 @@ def test_help_shows_every_flag_with_its_default(folder):
     for flag in re.findall(r"--\w+", CONTRACT):
         assert flag in process.stdout
     shown = " ".join(process.stdout.split())
-    assert shown.count("(default: ") == 20
+    assert shown.count("(default: ") == 21
     assert "example:" in shown
 
 
@@ -304,9 +304,12 @@ def test_another_run_never_replaces_a_file_unless_told_to(trained, tmp_path):
         ("--units", 16): "was trained with --units 32, not 16",
         ("--seed", 1): "was trained with --seed 0, not 1",
         ("--max_len", 7): "was trained with --max_len 8, not 7",
-        ("--num_sequences", 999): "was trained with other data",
+        ("--num_sequences", 999): "was trained with other data (--sequence_path, --num_sequences)",
         ("--sentinel", "|"): "was trained with --sentinel ' ', not '|'",
-        ("--sequence_path", tmp_path / "other.txt"): "was trained with other data",
+        (
+            "--sequence_path",
+            tmp_path / "other.txt",
+        ): "was trained with other data (--sequence_path, --num_sequences)",
     }.items():
         process = run(*shlex.split(CONTRACT), *change, cwd=folder)
         assert_one_line_error(process, "train.py")
