@@ -1244,7 +1244,7 @@ def fit(args, metadata, corpus, training, held_out, source, teachers, earlier, g
     steps, lengths = plan_calls(args, corpus, batch_size, args.epochs * batches)
     to_learn, to_evaluate = (lengths if each else None for each in fixed)
 
-    log = group.lead(open_log, args.log_dir, history) if args.log_dir else None
+    log = group.lead(open_log, args.log_dir, history)
     first, begun = len(history["loss"]), time.monotonic()
     for epoch in range(first, args.epochs):
         title = f"Epoch {epoch + 1}/{args.epochs}"
@@ -1280,8 +1280,7 @@ def fit(args, metadata, corpus, training, held_out, source, teachers, earlier, g
         current = SequenceModel(corpus.alphabet, metadata["max_len"], weights)
         texts = list(current.sample(count=8, seed=seed)) if group.rank == 0 else []
         show_invented(texts, corpus, training, group)
-        if args.log_dir:
-            group.lead(log)
+        group.lead(log)
         if args.patience and epochs_since_best(history) >= args.patience:
             break
 
@@ -1389,9 +1388,10 @@ def show_invented(texts, corpus, training, group):
 
 
 def make_log_dir(folder):
-    """Makes a folder unless it exists, or raises a `UserError`."""
+    """Makes a folder unless it exists or is None, or raises a `UserError`."""
     try:
-        os.makedirs(folder, exist_ok=True)
+        if folder is not None:
+            os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"--log_dir: can't make {folder}: {error.strerror}; name a folder"
@@ -1403,7 +1403,7 @@ def open_log(folder, history):
 
     Args:
         folder: str, where the event file for TensorBoard and `losses.csv` go;
-            it exists.
+            it exists. Or None, to log nothing.
         history: dict, as in the metadata; what it holds already is logged.
 
     Returns:
@@ -1412,6 +1412,8 @@ def open_log(folder, history):
     Raises:
         UserError: here and there, if the files can't be written.
     """
+    if folder is None:
+        return lambda: None
     with quiet():
         import tensorflow as tf  # on any backend
 
@@ -1457,7 +1459,7 @@ def run(args):
         check_backend(os.environ["KERAS_BACKEND"])
     group = find_group(args.distribute)
     if group.size > 1:
-        print(f"Process {group.rank} of {group.size}, which meet at {group.address}")
+        print(f"Process {group.rank} of {group.size}; they meet at {group.address}")
         mute(speak=group.rank == 0)
     loaded = read_teachers(args)
     source, teachers = read_source(args), [teacher for teacher, _ in loaded]
@@ -1494,8 +1496,7 @@ def run(args):
     if done >= args.epochs or (args.patience and epochs_since_best(history) >= args.patience):
         print(f"{args.save_path} is finished: it has learned for {done} epochs")
     else:
-        if args.log_dir is not None:
-            group.lead(make_log_dir, args.log_dir)
+        group.lead(make_log_dir, args.log_dir)
         if done:
             print(f"Continuing {args.save_path} after epoch {done}")
         try:

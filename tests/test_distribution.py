@@ -136,7 +136,7 @@ def test_a_group_and_many_devices_learn_what_one_process_does(hosts, flags):
     invented = re.findall("^invented, .*", one.stdout, re.M)
     assert invented
     assert re.findall("^invented, .*", shown, re.M) == invented
-    assert re.fullmatch(r"Process 1 of 2, which meet at 127.0.0.1:\d+\n", others)
+    assert re.fullmatch(r"Process 1 of 2; they meet at 127.0.0.1:\d+\n", others)
     assert sorted(os.listdir(hosts[1])) == before
 
     command = ["train.py", "--distribute", *flags]
@@ -326,6 +326,15 @@ def test_ctrl_c_stops_one_that_waits_for_the_others(hosts, rank):
     [(_, errors)] = finish([process], 10)
     assert process.returncode == 130
     assert errors == "\nStopped: nothing new was saved.\n"
+
+
+@pytest.mark.slow
+def test_process_0_alone_can_keep_a_log(hosts):
+    processes = start(hosts[:2], [*SMALL, "--log_dir", "logs"], SMALL)
+    written = finish(processes)
+    assert [process.returncode for process in processes] == [0, 0], written
+    assert (hosts[0] / "logs" / "losses.csv").read_text().count("\n") == 7
+    assert not (hosts[1] / "logs").exists()
 
 
 @pytest.mark.slow
