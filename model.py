@@ -107,7 +107,7 @@ class Corpus:
             came.
         share: tuple of int `(rank, size)`. `rows` and `predictions` keep only
             those of the sequences `rank`, `rank + size` and so on: all of
-            them unless `take_share` was called.
+            them unless `take_share` was called; none if `rank` is -1.
     """
 
     alphabet: Alphabet
@@ -122,16 +122,14 @@ class Corpus:
         return len(self.targets)
 
     def take_share(self, rank, size):
-        """Returns the corpus with copies of a share of its rows, to let go of the others.
+        """Returns the corpus with a copy of a share of its rows, to let go of the others.
 
         Args:
-            rank, size: int, as in `share`; this corpus must still have all.
+            rank, size: int, as in `share`; this corpus must still have all,
+                and no predictions.
         """
-        kept = [
-            None if array is None else array[rank::size].copy()
-            for array in (self.rows, self.predictions)
-        ]
-        return dataclasses.replace(self, rows=kept[0], predictions=kept[1], share=(rank, size))
+        rows = self.rows[rank::size].copy()
+        return dataclasses.replace(self, rows=rows, share=(rank, size))
 
     def locate(self, chosen):
         """Finds sequences in this corpus's share.

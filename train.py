@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -11,6 +12,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import logging
 import math
 import os
 import queue
@@ -441,7 +443,7 @@ def make_calls(corpus, chosen, batch_size, steps, lengths=None, seed=None):
     count = math.ceil(len(order) / batch_size)
     order = np.append(order, np.zeros(count * batch_size - len(order), int))
     order = order.reshape(count, batch_size)
-    targets = corpus.targets[order].astype(np.int32)
+    targets = corpus.targets[order]
     targets.ravel()[len(chosen) :] = 0
     ranking = np.argsort(targets, axis=1, kind="stable")
     order, targets = (np.take_along_axis(array, ranking, axis=1) for array in (order, targets))
@@ -735,9 +737,10 @@ class Group:
             self._explain_abort(
                 f"--distribute: not all {self.size} processes came to {self.address} within "
                 f"{ARRIVAL} seconds; start the same command on every host, each with its own "
-                "KERAS_DISTRIBUTION_PROCESS_ID"
+                "KERAS_DISTRIBUTION_PROCESS_ID, and see what the others said"
             )
             atexit.register(self._leave)
+            logging.getLogger("jax").setLevel(logging.ERROR)  # it would warn of proxies
             jax.config.update("jax_cpu_collectives_implementation", "gloo")  # older ones have none
             # Not keras.distribution.initialize(), which waits for as long as JAX pleases, and
             # under Slurm takes one device only.
@@ -751,7 +754,15 @@ class Group:
                     initialization_timeout=ARRIVAL,
                 )
             )
-            self._explain_abort(self._lost("no word from it"))
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # JAX would ignore it
+            self._explain_abort(self._lost("another one has ended or can't be reached"))
+            devices = self.together(jax.devices)
+            counts = collections.Counter(device.process_index for device in devices)
+            if len(set(counts.values())) > 1:
+                raise UserError(
+                    "--distribute: every host must have as many devices as the others. "
+                    f"Received: {', '.join(str(counts[rank]) for rank in range(self.size))}"
+                )
         self.distribution = self.together(
             functools.partial(keras.distribution.DataParallel, auto_shard_dataset=False)
         )
@@ -827,8 +838,8 @@ class Group:
         """Calls a function that all processes take part in, and returns what it returns.
 
         Raises:
-            UserError: instead of what it raises, which comes of another
-                process that is lost. Alone it raises that itself.
+            UserError: instead of what it raises, which mostly comes of
+                another process that is lost. Alone it raises that itself.
         """
         if self.size == 1:
             return function(*arguments)
@@ -849,9 +860,9 @@ class Group:
 
     def _lost(self, reason):
         return (
-            f"--distribute: another process has ended or can't be reached ({reason}); whole "
-            "epochs are kept, and the same command without --overwrite, started again on every "
-            "host, continues"
+            f"--distribute: the processes can't go on together: {reason}; if one of them has "
+            "ended, start the same command without --overwrite on every host again, to continue "
+            "after the last whole epoch"
         )
 
     def _explain_abort(self, message):
@@ -860,6 +871,7 @@ class Group:
         stderr = sys.stderr.fileno()
 
         def end(signal_number):
+            time.sleep(1)  # in which the main thread can end by itself, if it knows better why
             os.write(stderr, line)
             os._exit(2)
 
@@ -1486,25 +1498,25 @@ def run(args):
 
     if earlier:
         metadata["history"], *earlier = earlier
-    if args.distribute:
-        group.join()
-        group.agree(metadata, epochs=args.epochs, patience=args.patience)
-        metadata["history"] = json.loads(group.exchange(json.dumps(metadata["history"]))[0])
-        corpus = corpus.take_share(group.rank, group.size)
     history = metadata["history"]
-    done = len(history["loss"])
-    if done >= args.epochs or (args.patience and epochs_since_best(history) >= args.patience):
-        print(f"{args.save_path} is finished: it has learned for {done} epochs")
-    else:
-        group.lead(make_log_dir, args.log_dir)
-        if done:
-            print(f"Continuing {args.save_path} after epoch {done}")
-        try:
+    try:
+        if args.distribute:
+            group.join()
+            group.agree(metadata, epochs=args.epochs, patience=args.patience)
+            history.update(json.loads(group.exchange(json.dumps(history))[0]))
+            corpus = corpus.take_share(group.rank, group.size)
+        done = len(history["loss"])
+        if done >= args.epochs or (args.patience and epochs_since_best(history) >= args.patience):
+            print(f"{args.save_path} is finished: it has learned for {done} epochs")
+        else:
+            group.lead(make_log_dir, args.log_dir)
+            if done:
+                print(f"Continuing {args.save_path} after epoch {done}")
             fit(args, metadata, corpus, training, held_out, source, teachers, earlier, group)
-        except (Exception, KeyboardInterrupt):
-            if not stop_requested.is_set():
-                raise
-            raise KeyboardInterrupt(explain_stop(args, history)) from None
+    except (Exception, KeyboardInterrupt):
+        if not stop_requested.is_set():
+            raise
+        raise KeyboardInterrupt(explain_stop(args, history)) from None
 
     kept = len(history["loss"]) - epochs_since_best(history)
     loss = (history["val_loss"] or history["loss"])[kept - 1]
