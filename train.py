@@ -1289,8 +1289,10 @@ def fit(args, metadata, corpus, training, held_out, source, teachers, earlier, g
         figures = [f"{name}: {loss:.4f}" for name, loss in losses.items()]
         figures += [f"{rate:,.0f} sequences/s", f"{model.describe_time(left)} left"]
         print(" - ".join([title, *figures]))
-        current = SequenceModel(corpus.alphabet, metadata["max_len"], weights)
-        texts = list(current.sample(count=8, seed=seed)) if group.rank == 0 else []
+        texts = []
+        if group.rank == 0:
+            current = SequenceModel(corpus.alphabet, metadata["max_len"], weights)
+            texts = list(current.sample(count=8, seed=seed))
         show_invented(texts, corpus, training, group)
         group.lead(log)
         if args.patience and epochs_since_best(history) >= args.patience:

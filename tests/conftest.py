@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 
+import h5py
 import numpy as np
 import pytest
 
@@ -34,6 +35,29 @@ def assert_one_line_error(process, script):
     assert process.stdout == ""
     assert process.stderr.startswith(f"{script}: error: ")
     assert process.stderr.count("\n") == 1
+
+
+def read_arrays(path):
+    """All arrays in an HDF5 file, by their whole names."""
+    found = {}
+
+    def visit(name, item):
+        if isinstance(item, h5py.Dataset):
+            found[name] = item[()]
+
+    with h5py.File(path) as file:
+        file.visititems(visit)
+    return found
+
+
+def read_all(path):
+    """Everything in a model's file that training decides, as comparable values."""
+    with h5py.File(path) as file:
+        metadata = file.attrs[model.METADATA]
+    return {
+        "metadata": metadata,
+        **{name: array.tobytes() for name, array in read_arrays(path).items()},
+    }
 
 
 def write_sequences(folder):

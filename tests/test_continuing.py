@@ -7,27 +7,12 @@ import subprocess
 import sys
 import textwrap
 
-import h5py
 import pytest
-from conftest import ROOT, run, write_sequences
+from conftest import ROOT, read_all, run, write_sequences
 
 import model
 
 COMMAND = ["--units", 16, "--layers", 2, "--epochs", 12, "--patience", 9, "--learning_rate", 0.03]
-
-
-def read_all(path):
-    """Everything in a file that training decides, as comparable values."""
-    found = {}
-
-    def visit(name, item):
-        if isinstance(item, h5py.Dataset):
-            found[name] = item[()].tobytes()
-
-    with h5py.File(path) as file:
-        file.visititems(visit)
-        found["metadata"] = file.attrs[model.METADATA]
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,16 @@ import subprocess
 import sys
 import time
 
-import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, assert_one_line_error, run, write_sequences
+from conftest import (
+    ROOT,
+    assert_one_line_error,
+    read_all,
+    read_arrays,
+    run,
+    write_sequences,
+)
 
 import model
 import train
@@ -21,7 +27,6 @@ FOUR_DEVICES = {**JAX, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
 PREFIX = "KERAS_DISTRIBUTION_"
 # 270 sequences in batches of 30, which four devices can't share evenly: 54 steps.
 SMALL = ["--units", 16, "--epochs", 6, "--batch_size", 30, "--recurrent_dropout", 0.2]
-IN_A_HURRY = ["-c", "import sys, train; train.ARRIVAL = 2; train.main(sys.argv[1:])"]
 
 
 @pytest.fixture
@@ -77,6 +82,20 @@ def finish(processes, seconds=60):
     return written
 
 
+def after(statement):
+    """A program that does what train.py does, after a statement."""
+    return ["-c", f"import os, resource, sys, train; {statement}; train.main(sys.argv[1:])"]
+
+
+def assert_they_end(processes, message, seconds=60):
+    """Asserts that all processes end with one line that says so, in so many seconds."""
+    for process, (_, errors) in zip(processes, finish(processes, seconds)):
+        assert process.returncode == 2, errors
+        assert errors.startswith("train.py: error: ")
+        assert message in errors
+        assert errors.count("\n") == 1
+
+
 def wait_for(process, beginning):
     """Reads what a process prints until a line begins so."""
     for line in process.stdout:
@@ -85,23 +104,13 @@ def wait_for(process, beginning):
     raise AssertionError(process.stderr.read())
 
 
-def read_arrays(path, group):
-    with h5py.File(path) as file:
-        found = {}
-        file[group].visititems(
-            lambda name, item: found.update({name: item[()]}) if hasattr(item, "dtype") else None
-        )
-    return found
-
-
 def assert_same_run(path, other):
     """Asserts that two files hold the same run, but for how sums were rounded."""
-    for group in ("model_weights", "training_state"):
-        arrays, others = read_arrays(path, group), read_arrays(other, group)
-        assert arrays.keys() == others.keys()
-        for name, array in arrays.items():
-            difference = np.linalg.norm(array.astype(float) - others[name])
-            assert difference <= 1e-5 * np.linalg.norm(array.astype(float)), name
+    arrays, others = read_arrays(path), read_arrays(other)
+    assert arrays.keys() == others.keys()
+    for name, array in arrays.items():
+        difference = np.linalg.norm(array.astype(float) - others[name])
+        assert difference <= 1e-5 * np.linalg.norm(array.astype(float)), name
     first, second = (model.load(each)[1]["history"] for each in (path, other))
     for name, losses in first.items():
         np.testing.assert_allclose(second[name], losses, rtol=1e-5)
@@ -214,10 +223,7 @@ def test_a_port_that_is_taken_is_said_at_once(hosts):
 @pytest.mark.parametrize(
     ("difference", "message"),
     [
-        (
-            ["--units", 17],
-            "process 1 differs from process 0, it was started with --units 17, not 16",
-        ),
+        (["--units", 17], "with --units 17, not 16; start"),
         pytest.param(["--epochs", 7], "with --epochs 7, not 6; start", marks=pytest.mark.slow),
         pytest.param(
             ["--sequence_path", "other.txt"],
@@ -229,22 +235,17 @@ def test_a_port_that_is_taken_is_said_at_once(hosts):
 def test_a_process_that_was_started_otherwise_stops_them_all(hosts, difference, message):
     (hosts[1] / "other.txt").write_text("abc\nde\n")
     processes = start(hosts[:2], SMALL, [*SMALL, *difference])
-    for _, errors in finish(processes):
-        assert errors.startswith("train.py: error: --distribute: ")
-        assert message in errors
-        assert errors.count("\n") == 1
-    assert [process.returncode for process in processes] == [2, 2]
+    told = "error: --distribute: process 1 differs from process 0, it was started " + message
+    assert_they_end(processes, told)
     assert os.listdir(hosts[0]) == ["sequences.txt"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_never_comes_is_not_waited_for_for_ever(hosts, rank):
-    processes = start(hosts[:2], SMALL, program=IN_A_HURRY, ranks=[rank])
-    [(_, errors)] = finish(processes, 30)
-    assert processes[0].returncode == 2
-    assert "not all 2 processes came to 127.0.0.1:" in errors
-    assert errors.count("\n") == 1
+    program = after("train.ARRIVAL = 2")
+    processes = start(hosts[:2], SMALL, program=program, ranks=[rank])
+    assert_they_end(processes, "not all 2 processes came to 127.0.0.1:", 30)
 
 
 # What can go wrong after that
@@ -253,10 +254,7 @@ def test_a_process_that_never_comes_is_not_waited_for_for_ever(hosts, rank):
 def check_others_end(processes, victim, seconds):
     """Asserts that all but one process end with the right line in so many seconds."""
     others = [process for rank, process in enumerate(processes) if rank != victim]
-    for process, (_, errors) in zip(others, finish(others, seconds)):
-        assert process.returncode == 2, errors
-        assert "--distribute: the processes can't go on together: " in errors
-        assert errors.count("\n") == 1
+    assert_they_end(others, "--distribute: the processes can't go on together: ", seconds)
 
 
 @pytest.mark.slow
@@ -278,12 +276,7 @@ def test_a_group_that_lost_a_process_continues_to_the_same_bits(hosts, victim):
     (shown, errors), *_ = finish(again)
     assert [process.returncode for process in again] == [0, 0, 0], errors
     assert "Continuing incognito_model.h5 after epoch" in shown
-    for group in ("model_weights", "training_state"):
-        first, second = (
-            read_arrays(hosts[0] / name, group) for name in ("undisturbed.h5", "incognito_model.h5")
-        )
-        assert first.keys() == second.keys()
-        assert all(array.tobytes() == second[name].tobytes() for name, array in first.items())
+    assert read_all(hosts[0] / "incognito_model.h5") == read_all(hosts[0] / "undisturbed.h5")
     finished = start(hosts, flags)
     (shown, _), *_ = finish(finished)
     assert "incognito_model.h5 is finished: it has learned for 12 epochs" in shown
@@ -308,17 +301,9 @@ def test_a_host_that_falls_silent_is_not_waited_for_for_ever(hosts, victim):
 
 @pytest.mark.slow
 def test_what_process_0_can_not_write_stops_them_all(hosts):
-    program = [
-        "-c",
-        "import resource, sys, train; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); "
-        "train.main(sys.argv[1:])",
-    ]
+    program = after("resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))")
     processes = start(hosts[:2], SMALL, program=program)
-    for process, (_, errors) in zip(processes, finish(processes)):
-        assert process.returncode == 2
-        assert "--save_path: can't write incognito_model.h5: File too large" in errors
-        assert errors.count("\n") == 1
+    assert_they_end(processes, "--save_path: can't write incognito_model.h5: File too large")
 
 
 @pytest.mark.slow
@@ -334,18 +319,12 @@ def test_ctrl_c_stops_one_that_waits_for_the_others(hosts, rank):
 
 @pytest.mark.slow
 def test_hosts_must_have_as_many_devices_as_each_other(hosts):
-    program = [
-        "-c",
-        "import os, sys, train; "
+    program = after(
         "count = 1 + int(os.environ['KERAS_DISTRIBUTION_PROCESS_ID']); "
-        "os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={count}'; "
-        "train.main(sys.argv[1:])",
-    ]
+        "os.environ['XLA_FLAGS'] = f'--xla_force_host_platform_device_count={count}'"
+    )
     processes = start(hosts[:2], SMALL, program=program)
-    for process, (_, errors) in zip(processes, finish(processes)):
-        assert process.returncode == 2
-        assert "must have as many devices as the others. Received: 1, 2" in errors
-        assert errors.count("\n") == 1
+    assert_they_end(processes, "must have as many devices as the others. Received: 1, 2")
 
 
 @pytest.mark.slow
