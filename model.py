@@ -23,12 +23,19 @@ import tempfile
 import h5py
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 FORMAT = 1
 LONGEST = 64  # characters kept of a sequence unless the user says otherwise
 BATCH = 2048  # sequences that are invented at a time: more would not fit the cache
 DRAWS = 32  # random numbers that are made at a time for each of them
-LIMIT = 2**20  # the most that anybody can ask for: characters of a sequence, units, layers
+LIMITS = {"alphabet": 2**18, "max_len": 2**16, "units": 2**16, "layers": 2**8}  # the most of each
+LARGEST = 1e30  # a weight; sums of as many as there can be are still numbers
 METADATA = "sequence_model"  # the root attribute that holds what Keras has no place for
+METADATA_SIZE = 2**22  # its most bytes: JSON can take 30 times its size in memory
 TRAINING_STATE = "training_state"  # the group that holds what continuing needs
 
 
@@ -45,8 +52,9 @@ class Alphabet:
     def __init__(self, symbols):
         self.symbols = symbols
         self.sentinel = symbols[0]
-        self._ids = {symbol: index for index, symbol in enumerate(symbols)}
-        self._points = np.frombuffer(symbols.encode("utf-32-le"), "<u4")
+        self._points = code_points(symbols)
+        self._ids = np.zeros(sys.maxunicode + 1, np.int32)
+        self._ids[self._points] = np.arange(len(symbols))
 
     def __len__(self):
         return len(self.symbols)
@@ -58,18 +66,29 @@ class Alphabet:
             ValueError: if `text` holds the sentinel or a character that is
                 not in the alphabet; the message names them.
         """
-        unknown = sorted({character for character in text if not self._ids.get(character)})
-        if unknown:
-            raise ValueError(
-                "the model never saw "
-                + ", ".join(repr(character) for character in unknown)
-                + " within a sequence"
-            )
-        return np.array([self._ids[character] for character in text], dtype=int)
+        points = code_points(text)
+        ids = self._ids[points].astype(int)
+        if not ids.all():
+            unknown = map(chr, np.unique(points[ids == 0]))
+            raise ValueError(f"the model never saw {name_some(unknown)} within a sequence")
+        return ids
 
     def decode(self, ids):
         """Returns the str that an int array of ids, of any one length, stands for."""
         return self._points[ids].tobytes().decode("utf-32-le")
+
+
+def code_points(text):
+    """Returns the code points of a str, which may hold lone surrogates: a uint32 array."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def name_some(characters, most=10):
+    """Returns a str that names characters, an iterable of str, but not more than so many."""
+    characters = list(characters)
+    named = ", ".join(map(repr, characters[:most]))
+    more = len(characters) - most
+    return named + (f" and {more:,} others" if more > 0 else "")
 
 
 class SentinelError(ValueError):
@@ -169,7 +188,7 @@ def encode(sequences, sentinel="\n", max_len=None, characters=""):
     first, clashes = None, 0
     ids = np.zeros(sys.maxunicode + 1, np.uint32)  # in the order in which they are first seen
     size = 1 + len(characters)
-    ids[np.frombuffer(characters.encode("utf-32-le"), "<u4")] = np.arange(1, size)
+    ids[code_points(characters)] = np.arange(1, size)
     blocks, lengths, complete = [], [], []
     iterator = iter(sequences)
     # In blocks, because a list of all the strings would outweigh the rows many times.
@@ -187,7 +206,7 @@ def encode(sequences, sentinel="\n", max_len=None, characters=""):
         if not complete[-1].all():
             joined = sentinel.join(sequence[:limit] for sequence in block)
         lengths.append(np.minimum(length, limit).astype(np.int32))
-        points = np.frombuffer(joined.encode("utf-32-le"), "<u4")
+        points = code_points(joined)
         points = points[points != ord(sentinel)]
         encoded = ids[points]
         if not encoded.all():
@@ -604,7 +623,7 @@ class SequenceModel:
         )
 
     def _sample(self, prompt, count, steps, logits, state, distribute, key):
-        most, start = batch_size(steps, len(self.alphabet)), 0
+        most, start = self.batch_size(steps), 0
         while count is None or start < count:
             # Without a count a few may be enough, so that the batches only grow.
             batch = min(most, max(start, 128) if count is None else count - start)
@@ -620,15 +639,16 @@ class SequenceModel:
         first = np.zeros(batch, int)
         logits, state = logits[first], state.take(first)
         places = np.arange(batch)  # where each row's sequence stands among all of them
-        ids, columns = first, [first]
+        ids, length = first, 0
+        invented = np.zeros((batch, steps), np.min_scalar_type(len(self.alphabet) - 1))
         for step in range(steps):
             if step:
                 logits = self.step(ids, state)
             if step % DRAWS == 0:
                 draws = _draw(key, step // DRAWS, start, batch)
             ids = _choose(distribute(logits), draws[places, step % DRAWS])
-            columns.append(np.zeros(batch, int))
-            columns[-1][places] = ids
+            invented[places, step] = ids
+            length = step + 1
             # The last rows that go on take the places of those that have ended.
             going_on = ids > 0
             left = np.count_nonzero(going_on)
@@ -640,7 +660,17 @@ class SequenceModel:
             for array in (places, ids):
                 array[gaps] = array[last]
             places, ids = places[:left], ids[:left]
-        return np.stack(columns, axis=1)
+        return invented[:, :length]
+
+    def batch_size(self, steps):
+        """Returns how many sequences to work on at a time, an int.
+
+        Args:
+            steps: int, how long they may become.
+        """
+        layers, units = len(self._layers), len(self._kernel)
+        sizes = 2**23 // (steps + 1), 2**21 // len(self.alphabet), 2**23 // (layers * units)
+        return max(1, min(BATCH, *sizes))
 
     def check_length(self, prompt, max_len):
         """Raises a ValueError if a prompt, a str, is longer than a sequence may be."""
@@ -670,7 +700,7 @@ def invent(models, count, steps, seed):
     alphabet = models[0].alphabet
     rows = np.zeros((count, steps), np.min_scalar_type(len(alphabet) - 1))
     predictions = np.zeros((count, steps, len(alphabet)), np.float32)
-    size = batch_size(steps, len(alphabet))
+    size = models[0].batch_size(steps)
     for start in range(0, count, size):
         part = slice(start, start + size)
         _invent(models, rows[part], predictions[part], rng)
@@ -697,16 +727,6 @@ def _invent(models, rows, predictions, rng):
             break
         places, ids = places[going_on], ids[going_on]
         states = [state.take(going_on) for state in states]
-
-
-def batch_size(steps, characters):
-    """Returns how many sequences to work on at a time, an int.
-
-    Args:
-        steps: int, how long they may become.
-        characters: int, how many the alphabet has.
-    """
-    return max(1, min(BATCH, 2**23 // max(steps + 1, characters)))
 
 
 def _draw(key, block, start, rows):
@@ -923,22 +943,56 @@ def replacing(path):
         A binary file. If the block fails it is removed and `path` stays as it was.
 
     Raises:
-        OSError: if the file can't be written.
+        OSError: if the file can't be written, or another process is just doing so.
     """
     path = os.path.realpath(path)
-    temporary = f"{path}.{os.getpid()}.tmp"  # not that of another run
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+    with locking(f"{path}.tmp") as file:
+        file.truncate()  # what a run that was killed has left
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
         if os.path.exists(path):
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
+            shutil.copymode(path, file.name)
+        os.replace(file.name, path)
+
+
+@contextlib.contextmanager
+def locking(path):
+    """Keeps a file to itself, and removes it at the end.
+
+    Args:
+        path: str. The file is made if there is none; one that a killed
+            process has left is taken over as it is.
+
+    Yields:
+        A binary file.
+
+    Raises:
+        OSError: if the file can't be opened, or another process has it.
+    """
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    while True:
+        with open(path, "r+b", opener=lambda path, _: os.open(path, flags, 0o666)) as file:
+            if fcntl:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise BlockingIOError(error.errno, "another process is writing it") from None
+            if not _is_at(file, path):
+                continue  # the one who had it has just removed it
+            try:
+                yield file
+            finally:
+                if _is_at(file, path):
+                    os.unlink(path)
+            return
+
+
+def _is_at(file, path):
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def check_target(path, inputs):
@@ -1076,8 +1130,8 @@ def _read_metadata(file):
     attribute = file.attrs.get_id(METADATA)
     if attribute.dtype.kind != "S" or attribute.shape != ():
         raise _ReadError(f"its attribute {METADATA!r} is not a text of a fixed size")
-    if attribute.dtype.itemsize > os.path.getsize(file.filename):
-        raise _ReadError(f"its attribute {METADATA!r} claims more bytes than it has")
+    if attribute.dtype.itemsize > METADATA_SIZE:
+        raise _ReadError(f"its attribute {METADATA!r} is longer than {METADATA_SIZE} bytes")
     try:
         metadata = json.loads(file.attrs[METADATA])
     except (ValueError, RecursionError):
@@ -1087,14 +1141,17 @@ def _read_metadata(file):
     if metadata.get("format") != FORMAT:
         raise _ReadError(f"it is not of format {FORMAT}, the one this version reads")
     symbols = metadata.get("alphabet")
-    if not isinstance(symbols, str) or len(symbols) < 2 or len(set(symbols)) < len(symbols):
-        raise _ReadError("its alphabet is not a string of different characters")
-    if any("\ud800" <= symbol <= "\udfff" for symbol in symbols):
+    if not isinstance(symbols, str) or not 2 <= len(symbols) <= LIMITS["alphabet"]:
+        raise _ReadError(f"its alphabet is not a string of 2 to {LIMITS['alphabet']} characters")
+    points = code_points(symbols)
+    if len(np.unique(points)) < len(points):
+        raise _ReadError("its alphabet holds a character twice")
+    if ((0xD800 <= points) & (points < 0xE000)).any():
         raise _ReadError("its alphabet holds a lone surrogate, which is no character")
     for key in ("max_len", "units", "layers"):
         number = metadata.get(key)
-        if type(number) is not int or not 1 <= number <= LIMIT:
-            raise _ReadError(f"its {key} is not a whole number from 1 to {LIMIT}")
+        if type(number) is not int or not 1 <= number <= LIMITS[key]:
+            raise _ReadError(f"its {key} is not a whole number from 1 to {LIMITS[key]}")
     size = os.path.getsize(file.filename)
     units, layers = metadata["units"], metadata["layers"]
     if 4 * 4 * units * (units + 1) * layers + 4 * units * len(symbols) > size:
@@ -1128,6 +1185,9 @@ def _read_array(file, name, shape=None):
     if dataset.nbytes > os.path.getsize(file.filename):
         raise _ReadError(f"{name} claims more bytes than the file has")
     array = dataset[()]
+    # A comparison with NaN is false.
+    if shape and not (-LARGEST <= array.min() and array.max() <= LARGEST):
+        raise _ReadError(f"{name} holds numbers that are not finite, or beyond ±{LARGEST:g}")
     if not np.isfinite(array).all():
         raise _ReadError(f"{name} holds numbers that are not finite")
     return array

@@ -87,7 +87,7 @@ def parse_arguments(arguments=None):
     )
     drawing.add_argument(
         "--top_k",
-        type=within(int, 1, model.LIMIT),
+        type=within(int, 1, model.LIMITS["alphabet"]),
         help="draw only from so many of the likeliest characters (default: from all)",
     )
     drawing.add_argument(
@@ -98,7 +98,7 @@ def parse_arguments(arguments=None):
     )
     drawing.add_argument(
         "--max_len",
-        type=within(int, 1, model.LIMIT),
+        type=within(int, 1, model.LIMITS["max_len"]),
         help="longest sequence (default: that of the training)",
     )
     drawing.add_argument(
@@ -333,7 +333,8 @@ class Search:
     def read_best(self):
         """Reads the best prefixes on by a character: a batch, since NumPy is fast at that."""
         chosen = []
-        while self.open and len(chosen) < 256:
+        most = min(256, self.trained.batch_size(self.max_len))
+        while self.open and len(chosen) < most:
             value, _, rank, prefix = heapq.heappop(self.open)
             if not self.push(rank + 1, prefix):
                 self.open_size -= prefix.size
@@ -452,9 +453,7 @@ def score(trained, sequences, max_len=None):
     """
     max_len = max_len or trained.max_len
     iterator = iter(sequences)
-    while block := list(
-        itertools.islice(iterator, model.batch_size(max_len, len(trained.alphabet)))
-    ):
+    while block := list(itertools.islice(iterator, trained.batch_size(max_len))):
         yield from zip(block, *_score(trained, block, max_len))
 
 

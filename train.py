@@ -67,7 +67,9 @@ def parse_arguments(arguments=None):
         description=__doc__,
         epilog=EXAMPLE,
     )
-    many = within(int, 1, model.LIMIT)
+
+    def up_to(name):
+        return within(int, 1, model.LIMITS[name])
 
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -87,7 +89,7 @@ def parse_arguments(arguments=None):
     )
     data.add_argument(
         "--max_len",
-        type=many,
+        type=up_to("max_len"),
         help="cut sequences to so many characters (default: the longest one's, "
         f"at most {model.LONGEST})",
     )
@@ -108,12 +110,12 @@ def parse_arguments(arguments=None):
     network = parser.add_argument_group("network")
     network.add_argument(
         "--units",
-        type=many,
+        type=up_to("units"),
         help=f"width of each LSTM layer (default: {UNITS}, or those of --init_from)",
     )
     network.add_argument(
         "--layers",
-        type=many,
+        type=up_to("layers"),
         help=f"LSTM layers (default: {LAYERS}, or those of --init_from)",
     )
     network.add_argument(
@@ -130,8 +132,11 @@ def parse_arguments(arguments=None):
     )
 
     fit = parser.add_argument_group("fit")
-    fit.add_argument("--batch_size", type=many, default=32, help="sequences a training step")
-    fit.add_argument("--epochs", type=many, default=15, help="passes over the data, in all")
+    fit.add_argument(
+        "--batch_size", type=within(int, 1, 2**20), default=32, help="sequences a training step"
+    )
+    epochs = within(int, 1, 50_000)  # more losses would make the metadata too long
+    fit.add_argument("--epochs", type=epochs, default=15, help="passes over the data, in all")
     fit.add_argument(
         "--learning_rate",
         type=within(float, 1e-9, 10),
@@ -140,7 +145,7 @@ def parse_arguments(arguments=None):
     )
     fit.add_argument(
         "--patience",
-        type=many,
+        type=epochs,
         help="stop after so many epochs without a better validation loss (default: never)",
     )
     fit.add_argument(
