@@ -8,17 +8,21 @@ ready in a fraction of the time that importing Keras takes.
 """
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
 import functools
 import io
 import itertools
 import json
+import math
 import os
 import shutil
+import signal
 import stat
 import sys
 import tempfile
+import warnings
 
 import h5py
 import numpy as np
@@ -30,6 +34,7 @@ except ImportError:  # on Windows
 
 FORMAT = 1
 LONGEST = 64  # characters kept of a sequence unless the user says otherwise
+SECONDS = 5  # the most that the HDF5 library may take to look through a file
 BATCH = 2048  # sequences that are invented at a time: more would not fit the cache
 DRAWS = 32  # random numbers that are made at a time for each of them
 LIMITS = {"alphabet": 2**18, "max_len": 2**16, "units": 2**16, "layers": 2**8}  # the most of each
@@ -1039,15 +1044,11 @@ def load(path):
         ValueError: if it is not a model's file; the message says why.
     """
     with _open(path) as file:
-        metadata = _read_metadata(file)
-        shapes = weight_shapes(len(metadata["alphabet"]), metadata["units"], metadata["layers"])
+        metadata, offsets, _ = _find_arrays(file)
         weights = [
-            _read_array(file, f"model_weights/{layer}/{name}", shape)
-            for layer, names in shapes.items()
-            for name, shape in names.items()
+            _read_array(file, name, "f4", shape, offset, LARGEST)
+            for (name, shape), offset in zip(_places(metadata), offsets)
         ]
-        if len(file["model_weights"]) != len(shapes):
-            raise _ReadError(f"it holds more layers than the {metadata['layers']} it says")
         return SequenceModel(Alphabet(metadata["alphabet"]), metadata["max_len"], weights), metadata
 
 
@@ -1087,32 +1088,21 @@ def load_training_state(path):
         OSError, ValueError: as `load` does.
     """
     with _open(path) as file:
-        if file.get(TRAINING_STATE, getlink=True) is None:
-            return []
-        arrays, budget = [], os.path.getsize(file.filename)
-        for index in range(len(_child(file, TRAINING_STATE))):
-            arrays.append(_read_array(file, f"{TRAINING_STATE}/{index}"))
-            budget -= arrays[-1].nbytes
-            if budget < 0:  # the same bytes can stand under many names
-                raise _ReadError("its arrays claim more bytes than it has")
-        return arrays
+        return [
+            _read_array(file, f"{TRAINING_STATE}/{index}", *array, sys.float_info.max)
+            for index, array in enumerate(_find_arrays(file)[2])
+        ]
 
 
 @contextlib.contextmanager
 def _open(path):
-    # h5py's own errors name neither the file nor the reason in words for a user.
     with open(path, "rb", opener=_open_without_waiting) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ValueError(f"{path} is not a regular file")
-    try:
-        with h5py.File(path, "r") as file:
+        try:
             yield file
-    except _ReadError as error:
-        raise ValueError(f"{path} is not a model that train.py saved: {error}") from None
-    except (OSError, RuntimeError, TypeError, ValueError, LookupError) as error:
-        raise ValueError(
-            f"{path} is not a model that train.py saved, or it is damaged: {printable(str(error))}"
-        ) from None
+        except _ReadError as error:
+            raise ValueError(f"{path} is not a model that train.py saved: {error}") from None
 
 
 def _open_without_waiting(path, flags):
@@ -1123,17 +1113,112 @@ class _ReadError(Exception):
     pass
 
 
-def _read_metadata(file):
-    if METADATA not in file.attrs:
+def _find_arrays(file):
+    # The HDF5 library was not made for files of strangers: at some of them its versions
+    # crash, hang or take all memory. So it only says where in the file the arrays stand,
+    # in a process of its own, and NumPy reads them there.
+    places, _, text = _call_apart(functools.partial(_search, file), _size(file)).partition(b"\n")
+    if not places:
+        raise _ReadError("it is damaged: the HDF5 library fails at it")
+    places = json.loads(places)
+    if isinstance(places, str):
+        raise _ReadError(printable(places))
+    return _parse_metadata(text, file), *places
+
+
+def _search(file):
+    # Returns a line of JSON, where the arrays are or what is wrong, and then the metadata.
+    try:
+        with h5py.File(file, "r") as content:
+            text = _read_metadata(content)
+            metadata = _parse_metadata(text, file)
+            offsets = [_locate(content, name, shape)[-1] for name, shape in _places(metadata)]
+            if len(content["model_weights"]) > metadata["layers"] + 1:
+                raise _ReadError(f"it holds more layers than the {metadata['layers']} it says")
+            state, budget = [], _size(file)
+            if content.get(TRAINING_STATE, getlink=True) is not None:
+                for index in range(len(_child(content, TRAINING_STATE))):
+                    state.append(_locate(content, f"{TRAINING_STATE}/{index}"))
+                    budget -= np.dtype(state[-1][0]).itemsize * math.prod(state[-1][1])
+                    if budget < 0:  # the same bytes can stand under many names
+                        raise _ReadError("its arrays claim more bytes than it has")
+            places = [offsets, state]
+    except _ReadError as error:
+        places, text = str(error), b""
+    except (OSError, RuntimeError, TypeError, ValueError, LookupError) as error:
+        places, text = f"it is damaged, or no HDF5 file: {error}", b""
+    return json.dumps(places).encode() + b"\n" + text
+
+
+def _places(metadata):
+    shapes = weight_shapes(len(metadata["alphabet"]), metadata["units"], metadata["layers"])
+    for layer, names in shapes.items():
+        for name, shape in names.items():
+            yield f"model_weights/{layer}/{name}", shape
+
+
+def _call_apart(function, size):
+    """Calls a function in a process of its own, which can't do much beside computing.
+
+    Args:
+        function: returns bytes.
+        size: int, the bytes of the file that it reads.
+
+    Returns:
+        The bytes, or none if it crashed or took more than it may.
+    """
+    if not hasattr(os, "fork"):  # on Windows
+        return function()
+    import resource
+
+    for encoding in ("ascii", "utf-32-le"):  # which can't be loaded where no file may be opened
+        codecs.lookup(encoding)
+    receive, send = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of threads, which take no part in what follows
+        child = os.fork()
+    if child == 0:
+        try:
+            for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            with contextlib.suppress(OSError), open("/proc/self/statm") as pages:
+                most = int(pages.read().split()[0]) * resource.getpagesize() + size + 2**27
+                resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
+                resource.setrlimit(limit, (0, 0))
+            answer = function()
+            while answer:
+                answer = answer[os.write(send, answer) :]
+        finally:
+            os._exit(0)
+    os.close(send)
+    try:
+        with open(receive, "rb") as pipe:
+            return pipe.read(4 * METADATA_SIZE)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _size(file):
+    return os.fstat(file.fileno()).st_size
+
+
+def _read_metadata(content):
+    if METADATA not in content.attrs:
         raise _ReadError(f"it has no attribute {METADATA!r}")
-    # Of a fixed size: at a damaged text of variable size HDF5 itself can hang.
-    attribute = file.attrs.get_id(METADATA)
+    attribute = content.attrs.get_id(METADATA)
     if attribute.dtype.kind != "S" or attribute.shape != ():
         raise _ReadError(f"its attribute {METADATA!r} is not a text of a fixed size")
     if attribute.dtype.itemsize > METADATA_SIZE:
         raise _ReadError(f"its attribute {METADATA!r} is longer than {METADATA_SIZE} bytes")
+    return bytes(content.attrs[METADATA])
+
+
+def _parse_metadata(text, file):
     try:
-        metadata = json.loads(file.attrs[METADATA])
+        metadata = json.loads(text)
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
@@ -1152,7 +1237,7 @@ def _read_metadata(file):
         number = metadata.get(key)
         if type(number) is not int or not 1 <= number <= LIMITS[key]:
             raise _ReadError(f"its {key} is not a whole number from 1 to {LIMITS[key]}")
-    size = os.path.getsize(file.filename)
+    size = _size(file)
     units, layers = metadata["units"], metadata["layers"]
     if 4 * 4 * units * (units + 1) * layers + 4 * units * len(symbols) > size:
         raise _ReadError(f"{layers} layers of {units} units can't fit in a file of {size} bytes")
@@ -1168,26 +1253,33 @@ def _child(group, name):
     return group[name]
 
 
-def _read_array(file, name, shape=None):
-    dataset = functools.reduce(_child, name.split("/"), file)
+def _locate(content, name, shape=None):
+    dataset = functools.reduce(_child, name.split("/"), content)
     # First of all: to ask for the shape of an array that is put together from other
     # files would open them.
     layout = dataset.id.get_create_plist() if isinstance(dataset, h5py.Dataset) else None
     if not layout or layout.get_layout() != h5py.h5d.CONTIGUOUS or layout.get_external_count():
         raise _ReadError(f"{name} is not an array stored in one piece")
-    if dataset.dtype.kind not in "fiu":
+    if dataset.dtype.kind not in "fiu" or dataset.shape is None:
         raise _ReadError(f"{name} is not an array of numbers")
     if shape and (dataset.shape != shape or dataset.dtype != np.float32):
         raise _ReadError(
             f"{name} should have shape {shape} and dtype float32. "
             f"Received: shape {dataset.shape}, dtype {dataset.dtype}"
         )
-    if dataset.nbytes > os.path.getsize(file.filename):
+    offset = dataset.id.get_offset()
+    if offset is None:
+        raise _ReadError(f"{name} was never written")
+    return dataset.dtype.str, dataset.shape, offset
+
+
+def _read_array(file, name, dtype, shape, offset, largest):
+    count = math.prod(shape)
+    if offset + count * np.dtype(dtype).itemsize > _size(file):
         raise _ReadError(f"{name} claims more bytes than the file has")
-    array = dataset[()]
+    file.seek(offset)
+    array = np.fromfile(file, dtype, count).reshape(shape)
     # A comparison with NaN is false.
-    if shape and not (-LARGEST <= array.min() and array.max() <= LARGEST):
-        raise _ReadError(f"{name} holds numbers that are not finite, or beyond ±{LARGEST:g}")
-    if not np.isfinite(array).all():
-        raise _ReadError(f"{name} holds numbers that are not finite")
+    if count and not (-largest <= array.min() and array.max() <= largest):
+        raise _ReadError(f"{name} holds what is no number, or beyond ±{largest:.3g}")
     return array

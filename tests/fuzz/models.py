@@ -702,6 +702,8 @@ def judge(arguments, status, out, err, seconds, memory, allowed):
         return f"WRONG: took {memory / 2**20:.0f} MB"
     if "Traceback" in err:
         return "WRONG: a traceback"
+    if "Too many open files" in err:
+        return "WRONG: needed another file"
     if status == 2:
         one_line = err.startswith(f"{script}: error: ") and err.count("\n") == 1
         if not one_line or out or not err[:-1].isprintable():
@@ -782,7 +784,9 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         bases, canaries, watch, baseline = prepare(folder)
-        guarded = {content: (find_checksums(content), find_structures(content)) for content in bases}
+        guarded = {
+            content: (find_checksums(content), find_structures(content)) for content in bases
+        }
         pool, seen = list(bases), set()
         for content in bases:
             for result in read(content, folder, watch, baseline):
