@@ -1,8 +1,11 @@
 """Loaders: a file on disk becomes an iterable of Python strings, one a sequence."""
 
-import contextlib
+import codecs
 import csv
+import io
 import itertools
+
+LONGEST_LINE = 2**20  # characters; what is longer is no list of sequences
 
 
 class SequenceLoader:
@@ -10,7 +13,8 @@ class SequenceLoader:
 
     Blank lines are skipped; line ends (`\n` or `\r\n`) and a UTF-8 byte
     order mark are stripped; every other character is kept. The file is
-    streamed: it is read again at each iteration and never held in memory.
+    streamed: it is read again at each iteration and never held in memory,
+    whatever it is.
 
     Args:
         path: str or path-like, a UTF-8 text file.
@@ -25,8 +29,9 @@ class SequenceLoader:
 
     Raises:
         OSError: while iterating, if the file can't be opened or read.
-        ValueError: while iterating, if the file is not UTF-8 (the message
-            names the line) or holds no sequence at all.
+        ValueError: while iterating, if the file is not UTF-8, has a line of
+            more than `LONGEST_LINE` characters or a NUL (the message names
+            the line), or holds no sequence at all.
 
     Example:
 
@@ -49,22 +54,42 @@ class SequenceLoader:
         yield from itertools.islice(itertools.chain([first], sequences), self.max_sequences)
 
     def _records(self):
-        with self._open() as file:
-            for self.line, text in enumerate(file, start=1):
-                yield text.rstrip("\r\n")
+        for self.line, text in enumerate(self._lines(), start=1):  # noqa: B020
+            yield text.removesuffix("\n").removesuffix("\r")
 
-    @contextlib.contextmanager
-    def _open(self):
-        try:
-            with open(self.path, encoding="utf-8-sig", newline="\n") as file:
-                yield file
-        except UnicodeDecodeError as error:
-            # All lines before those bytes, which are read in one piece, have been counted.
-            line = self.line + 1 + error.object.count(b"\n", 0, error.start)
-            raise ValueError(
-                f"{self.path}, line {line}: not UTF-8 text; convert the file to UTF-8 first. "
-                f"Received: byte {error.object[error.start]:#04x}."
-            ) from None
+    def _lines(self):
+        # Python's own iteration over lines would first read a line of any length.
+        decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+        count, rest = 0, ""
+        with open(self.path, "rb") as file:
+            while True:
+                data = file.read1(2**14)
+                try:
+                    text = rest + decode(data, final=not data)
+                except UnicodeDecodeError as error:
+                    line = count + 1 + error.object.count(b"\n", 0, error.start)
+                    raise ValueError(
+                        f"{self.path}, line {line}: not UTF-8 text; convert the file to UTF-8 "
+                        f"first. Received: byte {error.object[error.start]:#04x}."
+                    ) from None
+                lines, end, rest = text.rpartition("\n")
+                if "\0" in text:
+                    line = count + 1 + text.count("\n", 0, text.index("\0"))
+                    raise ValueError(
+                        f"{self.path}, line {line}: it holds a NUL, so this is not UTF-8 text; "
+                        "convert the file to UTF-8 first."
+                    )
+                yield from io.StringIO(lines + end, newline="\n")
+                count += text.count("\n")
+                if len(rest) > LONGEST_LINE:
+                    raise ValueError(
+                        f"{self.path}, line {count + 1}: longer than {LONGEST_LINE:,} "
+                        "characters; name a file with one sequence a line."
+                    )
+                if not data:
+                    break
+        if rest:
+            yield rest
 
 
 class VocabularyLoader(SequenceLoader):
@@ -96,10 +121,13 @@ class VocabularyLoader(SequenceLoader):
             key = word.lower()
             if key not in words or word == key:
                 words[key] = self.line, word
-        ranked = sorted(
-            words.values(), key=lambda record: -wordfreq.word_frequency(record[1], "en")
-        )
-        for self.line, word in ranked:
+
+        def rank(record):
+            word = record[1]
+            # What is longer is no word, and takes wordfreq more memory than there is.
+            return -wordfreq.word_frequency(word, "en") if len(word) <= 1000 else 0.0
+
+        for self.line, word in sorted(words.values(), key=rank):
             yield word
 
 
@@ -125,19 +153,27 @@ class UserNameLoader(SequenceLoader):
     empty = "holds no data row: after the header it needs a row with a first column"
 
     def _records(self):
-        with self._open() as file:
-            reader = csv.reader(file, strict=True)
-            rows = filter(None, reader)
-            try:
-                next(rows, None)
-                for row in rows:
-                    self.line = reader.line_num
-                    yield row[0]
-            except csv.Error as error:
-                line = reader.line_num
-                raise ValueError(f"{self.path}, line {line}: not CSV: {error}.") from None
-            finally:
+        reader = csv.reader(self._lines(), strict=True)
+        rows = filter(None, reader)
+        self.line = 0
+        try:
+            next(rows, None)
+            for row in rows:
                 self.line = reader.line_num
+                yield row[0]
+        except csv.Error as error:
+            line = self.line + 1
+            raise ValueError(
+                f"{self.path}, line {line}: not CSV from here on: {self._explain(str(error))}."
+            ) from None
+
+    @staticmethod
+    def _explain(reason):
+        if "new-line character" in reason:
+            return r"it has a carriage return outside quotes; end all lines by \n or \r\n"
+        if "unexpected end" in reason or "field limit" in reason:
+            return f"{reason}; is there a quote that is never closed?"
+        return f"{reason}; write a quote within a quoted field twice"
 
 
 LOADERS = {loader.__name__: loader for loader in (SequenceLoader, VocabularyLoader, UserNameLoader)}

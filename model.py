@@ -1171,8 +1171,7 @@ def _call_apart(function, size):
         return function()
     import resource
 
-    for encoding in ("ascii", "utf-32-le"):  # which can't be loaded where no file may be opened
-        codecs.lookup(encoding)
+    codecs.lookup("ascii")  # h5py needs it, and it can't be found where no file may be opened
     receive, send = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of threads, which take no part in what follows
@@ -1228,10 +1227,9 @@ def _parse_metadata(text, file):
     symbols = metadata.get("alphabet")
     if not isinstance(symbols, str) or not 2 <= len(symbols) <= LIMITS["alphabet"]:
         raise _ReadError(f"its alphabet is not a string of 2 to {LIMITS['alphabet']} characters")
-    points = code_points(symbols)
-    if len(np.unique(points)) < len(points):
+    if len(set(symbols)) < len(symbols):
         raise _ReadError("its alphabet holds a character twice")
-    if ((0xD800 <= points) & (points < 0xE000)).any():
+    if any("\ud800" <= symbol <= "\udfff" for symbol in symbols):
         raise _ReadError("its alphabet holds a lone surrogate, which is no character")
     for key in ("max_len", "units", "layers"):
         number = metadata.get(key)
@@ -1280,6 +1278,6 @@ def _read_array(file, name, dtype, shape, offset, largest):
     file.seek(offset)
     array = np.fromfile(file, dtype, count).reshape(shape)
     # A comparison with NaN is false.
-    if count and not (-largest <= array.min() and array.max() <= largest):
+    if count and not (-largest <= array.min().item() and array.max().item() <= largest):
         raise _ReadError(f"{name} holds what is no number, or beyond ±{largest:.3g}")
     return array
