@@ -11,17 +11,17 @@ import argparse
 import codecs
 import contextlib
 import dataclasses
+import errno
 import functools
 import io
 import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import stat
 import sys
-import tempfile
+import time
 import warnings
 
 import h5py
@@ -188,6 +188,8 @@ def encode(sequences, sentinel="\n", max_len=None, characters=""):
 
     Raises:
         SentinelError: if a sequence contains the sentinel.
+        ValueError: if there are more different characters than a model can
+            have, or the rows would not fit into the memory.
     """
     limit = max_len or LONGEST
     first, clashes = None, 0
@@ -223,20 +225,61 @@ def encode(sequences, sentinel="\n", max_len=None, characters=""):
     if clashes:
         raise SentinelError(first, clashes)
 
+    if size > LIMITS["alphabet"]:
+        raise ValueError(
+            f"{size - 1:,} different characters are more than a model can have, "
+            f"{LIMITS['alphabet'] - 1:,}; name a file of text"
+        )
     known = np.flatnonzero(ids).astype("<u4")
     alphabet = Alphabet(sentinel + known.tobytes().decode("utf-32-le"))
     final = np.zeros(size, np.min_scalar_type(len(known)))
     final[ids[known]] = np.arange(1, size)
     longest = max(int(length.max()) for length in lengths)
-    rows = np.zeros((sum(map(len, lengths)), longest), final.dtype)
+    count = sum(map(len, lengths))
+    check_memory(
+        count * longest * final.itemsize,
+        f"{count:,} sequences of up to {longest:,} characters",
+        "lower --max_len or --num_sequences",
+    )
+    rows = np.zeros((count, longest), final.dtype)
     begin = 0
     for length in lengths:
-        part = rows[begin : begin + len(length)]
-        part[np.arange(longest) < length[:, None]] = final[blocks.pop(0)]
+        encoded, done = final[blocks.pop(0)], 0
+        step = max(1, 2**24 // longest)
+        for start in range(0, len(length), step):
+            some = length[start : start + step]
+            part = rows[begin + start : begin + start + len(some)]
+            total = some.sum(dtype=int)
+            part[np.arange(longest) < some[:, None]] = encoded[done : done + total]
+            done += total
         begin += len(length)
     complete = np.concatenate(complete)
     targets = np.concatenate(lengths) + complete.astype(np.int32)
     return Corpus(alphabet, max_len or longest, rows, targets, complete)
+
+
+def check_memory(needed, what, advice):
+    """Raises a ValueError if something takes more memory than this machine has.
+
+    Args:
+        needed: int, bytes.
+        what: str, what takes them.
+        advice: str, what would take less.
+    """
+    limits = []
+    with contextlib.suppress(ImportError, AttributeError, ValueError, OSError):  # on Windows
+        import resource
+
+        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        limits.append(resource.getrlimit(resource.RLIMIT_AS)[0])
+        with open("/sys/fs/cgroup/memory.max") as file:
+            limits.append(int(file.read()))
+    limits = [limit for limit in limits if limit > 0]
+    if limits and needed > min(limits):
+        raise ValueError(
+            f"{what} would take at least {needed / 2**30:,.1f} GiB of memory, and there are "
+            f"{min(limits) / 2**30:,.1f}; {advice}"
+        )
 
 
 def make_lstm(units, recurrent_dropout=0.0, **options):
@@ -836,13 +879,96 @@ def printable(text):
     """Returns a str that can't steer the terminal it is shown on.
 
     Every character that Python calls not printable (control and format
-    characters, line ends, lone surrogates) is replaced by its escape.
+    characters, line ends, lone surrogates) or that Unicode wants to be shown
+    as nothing is replaced by its escape.
     """
-    if text.isprintable():
+    if text.isascii() and text.isprintable():
         return text
     return "".join(
-        character if character.isprintable() else repr(character)[1:-1] for character in text
+        character
+        if character.isprintable() and not _is_invisible(character)
+        else character.encode("unicode_escape").decode()
+        for character in text
     )
+
+
+def _is_invisible(character):
+    # Those of Unicode's Default_Ignorable_Code_Point that Python calls printable.
+    return character in "\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0" or (
+        "\ufe00" <= character <= "\ufe0f"
+        or "\u180b" <= character <= "\u180f"
+        or "\U000e0100" <= character <= "\U000e01ef"
+    )
+
+
+def open_streams():
+    """Opens what is closed of stdin, stdout and stderr, lest another file take its place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
+
+
+def catch_signals(handler):
+    """Sets what happens at Ctrl-C, at SIGTERM, and at SIGHUP, which a closed terminal sends.
+
+    A signal that was ignored before, as `nohup` does with SIGHUP, still is.
+
+    Args:
+        handler: what `signal.signal` takes.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+class ProgressLine:
+    """Shows how far work is: on a terminal in one line, in a log in a line now and then.
+
+    Args:
+        stream: text file.
+        seconds: float, how long a log waits for the next line.
+        title: str, what a terminal shows until then.
+    """
+
+    def __init__(self, stream, seconds, title=""):
+        self.stream = stream
+        self.terminal = stream.isatty()
+        self.pause = 0.2 if self.terminal else seconds
+        self.start = time.monotonic()
+        self.due = self.start + self.pause
+        self.width = 0
+        if self.terminal and title:
+            self._draw(title)
+
+    def show(self, describe):
+        """Shows what a function from the seconds so far makes, a str, if it is time to."""
+        now = time.monotonic()
+        if now < self.due:
+            return
+        self.due = now + self.pause
+        text = describe(now - self.start)
+        if self.terminal:
+            self._draw(text)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def clear(self):
+        """Takes the line away from a terminal."""
+        if self.width:
+            self.width += 2  # and ^C
+            self._draw("")
+            print(end="\r", file=self.stream, flush=True)
+
+    def _draw(self, text):
+        columns = os.get_terminal_size(self.stream.fileno()).columns or 80  # 0 if none knows
+        text = text[: columns - 1]
+        self.width = min(max(self.width, len(text)), columns - 1)
+        print(end="\r" + text.ljust(self.width), file=self.stream, flush=True)
 
 
 def describe_progress(count, total, seconds):
@@ -953,11 +1079,14 @@ def replacing(path):
     path = os.path.realpath(path)
     with locking(f"{path}.tmp") as file:
         file.truncate()  # what a run that was killed has left
+        with contextlib.suppress(FileNotFoundError):
+            old = os.stat(path)
+            with contextlib.suppress(OSError, AttributeError):  # only root can give files away
+                os.chown(file.name, old.st_uid, old.st_gid)
+            os.chmod(file.name, old.st_mode & 0o777)  # at once, so that nobody else reads it
         yield file
         file.flush()
         os.fsync(file.fileno())
-        if os.path.exists(path):
-            shutil.copymode(path, file.name)
         os.replace(file.name, path)
 
 
@@ -978,11 +1107,13 @@ def locking(path):
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     while True:
         with open(path, "r+b", opener=lambda path, _: os.open(path, flags, 0o666)) as file:
-            if fcntl:
-                try:
+            try:
+                if fcntl:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise BlockingIOError(error.errno, "another process is writing it") from None
+            except BlockingIOError as error:
+                raise BlockingIOError(error.errno, "another process is writing it") from None
+            except OSError:  # a file system without locks
+                pass
             if not _is_at(file, path):
                 continue  # the one who had it has just removed it
             try:
@@ -1011,16 +1142,26 @@ def check_target(path, inputs):
     Raises:
         ValueError: if it can't or must not; the message says why.
     """
-    stream = os.path.abspath(path).startswith(("/dev/std", "/dev/fd/", "/proc/"))
-    if stream or not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
-        raise ValueError(f"{path!r} is not a regular file; name one")
-    for name, other in inputs.items():
-        with contextlib.suppress(OSError):
-            if other is not None and os.path.samefile(path, other):
-                raise ValueError(f"{path} is the file of {name}; name another one")
     try:
-        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):
-            pass
+        stream = os.path.abspath(path).startswith(("/dev/std", "/dev/fd/", "/proc/"))
+        special = os.path.exists(path) and not os.path.isfile(path)
+        if stream or special or not os.path.basename(path):
+            raise ValueError(f"{path!r} is not a regular file; name one")
+        for name, other in inputs.items():
+            with contextlib.suppress(OSError):
+                if other is not None and os.path.samefile(path, other):
+                    raise ValueError(f"{path} is the file of {name}; name another one")
+        real = os.path.realpath(path)
+        if os.path.islink(real):
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        with locking(f"{real}.tmp"):
+            folder = os.stat(os.path.dirname(real))
+            sticky = folder.st_mode & stat.S_ISVTX and os.path.exists(real)
+            # There only an owner may replace a file.
+            if sticky and os.geteuid() not in (0, folder.st_uid, os.stat(real).st_uid):
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+    except BlockingIOError as error:
+        raise ValueError(f"{path}: {error.strerror}; wait for it, or name another file") from None
     except OSError as error:
         raise ValueError(
             f"can't write {path}: {error.strerror}; name a file in a folder that you can write to"

@@ -9,18 +9,23 @@ import math
 import os
 import pathlib
 import shutil
+import signal
 import sys
-import time
 import unicodedata
 import warnings
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import numpy as np
 
 import model
-from loaders import SequenceLoader, UserNameLoader
+from loaders import LONGEST_LINE, SequenceLoader, UserNameLoader
 from model import CommandLine, UserError, within
 
-ENGLISH_WORDS = pathlib.Path(__file__).parent / "pre_trained_models" / "english_words_5000.h5"
+ENGLISH_WORDS = (
+    pathlib.Path(__file__).resolve().parent / "pre_trained_models" / "english_words_5000.h5"
+)
 PATIENCE = 20_000  # so many sequences in a row without a new one, and there are no more
 MEMORY = 2**30  # bytes that the search for the most likely sequences may take
 SCREENFUL = 1000  # sequences that are arranged together on a terminal
@@ -513,7 +518,9 @@ def arrange(texts, width):
         List of str, the lines.
     """
     cells = [count_cells(text) for text in texts]
-    for columns in range(max(1, min(len(texts), width // 3)), 0, -1):
+    # A terminal that knows how to write from right to left would mix up neighbours.
+    most = 1 if any(map(runs_left, texts)) else max(1, min(len(texts), width // 3))
+    for columns in range(most, 0, -1):
         rows = math.ceil(len(texts) / columns)
         widths = [max(cells[start : start + rows]) for start in range(0, len(texts), rows)]
         if sum(widths) + 2 * (len(widths) - 1) <= width:
@@ -529,9 +536,18 @@ def arrange(texts, width):
 
 def count_cells(text):
     """Returns how many columns of a terminal a str takes: wide characters two, marks none."""
-    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    marks = sum(unicodedata.category(character) in ("Mn", "Me") for character in text)
-    return len(text) + wide - marks
+    if text.isascii():
+        return len(text)
+    import wcwidth  # here, because it takes time to import
+
+    return max(0, wcwidth.wcswidth(text))
+
+
+def runs_left(text):
+    """Tells whether a str has characters that are written from right to left."""
+    if text.isascii():
+        return False
+    return any(unicodedata.bidirectional(character) in ("R", "AL") for character in text)
 
 
 def converse(answer):
@@ -548,14 +564,18 @@ def converse(answer):
     while True:
         try:
             prompt = ask("> ")
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt) as end:
             print(file=sys.stderr)
-            return
+            if end.args in ((), (signal.SIGINT,)):
+                return
+            raise
         try:
             answer(prompt)
         except ValueError as error:
             print(model.printable(f"Sorry, {error}."), file=sys.stderr)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            if stop.args != (signal.SIGINT,):
+                raise
             print("\nStopped. Ctrl-D leaves.", file=sys.stderr)
 
 
@@ -576,7 +596,7 @@ def answer_lines(answer, lines):
 
     Args:
         answer: as in `converse`.
-        lines: iterable of str.
+        lines: iterable of str, without line ends.
 
     Returns:
         Int, the exit status: 2 if some lines could not be answered. They
@@ -585,11 +605,41 @@ def answer_lines(answer, lines):
     status = 0
     for number, line in enumerate(lines, start=1):
         try:
-            answer(line.rstrip("\r\n"))
+            answer(line)
         except ValueError as error:
-            print(f"sample.py: error: prompt {number}: {error}", file=sys.stderr)
+            tell(f"sample.py: error: prompt {number}: {error}")
             status = 2
     return status
+
+
+def tell(text):
+    """Prints a line on stderr; that nobody can read it there is no reason to stop."""
+    with contextlib.suppress(OSError):
+        print(model.printable(text), file=sys.stderr)
+
+
+def read_prompts():
+    """Yields the lines of stdin without their ends.
+
+    Raises:
+        UserError: if it can't be read, or a line is too long to be a prompt.
+    """
+    number = 0
+    while True:
+        try:
+            line = sys.stdin.readline(LONGEST_LINE)
+        except OSError as error:
+            raise UserError(
+                f"can't read the prompts from standard input: {error.strerror}"
+            ) from None
+        if not line:
+            return
+        number += 1
+        if len(line) == LONGEST_LINE:
+            raise UserError(
+                f"prompt {number} is longer than {LONGEST_LINE:,} characters; pass one a line"
+            )
+        yield line.removesuffix("\n").removesuffix("\r")
 
 
 def write(path, lines):
@@ -600,24 +650,24 @@ def write(path, lines):
         lines: iterable of str, with no line ends.
 
     Returns:
-        Tuple `(count, stopped)`: an int, how many it wrote, and a bool,
-        whether Ctrl-C stopped it.
+        Tuple `(count, stopped)`: an int, how many it wrote, and the
+        KeyboardInterrupt that stopped it, or None.
 
     Raises:
         OSError: if the file can't be written; then the old one still stands.
         KeyboardInterrupt: if it stopped before the first; likewise.
     """
     count = size = 0
-    stopped = False
+    stopped = None
     with model.replacing(path) as file:
         try:
             for line in lines:
                 size += file.write(line.encode() + b"\n")
                 count += 1
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             if not count:
                 raise  # the old file is worth more
-            stopped = True
+            stopped = stop
             file.seek(size)  # what was being written
             file.truncate()
     return count, stopped
@@ -635,31 +685,15 @@ def watch(results, total=None):
     Yields:
         What `results` yields.
     """
-    terminal = sys.stderr.isatty()
-    pause = 0.2 if terminal else 10
-    start = time.monotonic()
-    due, width = start + pause, 0
+    shown = model.ProgressLine(sys.stderr, 10)
     try:
         for count, result in enumerate(results, start=1):
             yield result
-            now = time.monotonic()
-            if now >= due:
-                due = now + pause
-                shown = model.describe_progress(count, total, now - start)
-                with contextlib.suppress(OSError):  # the work goes on if nobody watches any more
-                    if terminal:
-                        shown = shown[: os.get_terminal_size(sys.stderr.fileno()).columns - 1]
-                    width = max(width, len(shown))
-                    print(
-                        "\r" + shown.ljust(width) if terminal else shown,
-                        end="" if terminal else "\n",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+            with contextlib.suppress(OSError):  # the work goes on if nobody watches any more
+                shown.show(functools.partial(model.describe_progress, count, total))
     finally:
-        if width and terminal:
-            with contextlib.suppress(OSError):
-                print("\r" + " " * width, end="  \r", file=sys.stderr, flush=True)  # and ^C
+        with contextlib.suppress(OSError):
+            shown.clear()
 
 
 def make_finder(args, trained, known, warn, escape):
@@ -697,6 +731,11 @@ def make_finder(args, trained, known, warn, escape):
     return find
 
 
+def keep_to_one_line(text):
+    """Returns a str with an escape for each newline, since results are lines."""
+    return text.replace("\n", "\\n")
+
+
 def find_for_lines(find, lines):
     """Yields the results for each line.
 
@@ -706,7 +745,7 @@ def find_for_lines(find, lines):
     number = 0
     for number, line in enumerate(lines, start=1):
         try:
-            yield from find(line.rstrip("\r\n"))
+            yield from find(line)
         except ValueError as error:
             raise UserError(f"prompt {number}: {error}; nothing was written") from None
     if not number:
@@ -747,9 +786,18 @@ def read_sequences(flag, path):
     try:
         yield from loader(path)
     except OSError as error:
-        raise UserError(f"--{flag}: can't read {path}: {error.strerror}") from None
+        raise UserError(
+            f"--{flag}: can't read {path or repr(path)}: {error.strerror}; name a file of sequences"
+        ) from None
     except ValueError as error:
         raise UserError(f"--{flag}: {error}") from None
+
+
+def is_same_file(path, other):
+    """Tells whether two paths lead to one file."""
+    with contextlib.suppress(OSError):
+        return os.path.samefile(path, other)
+    return False
 
 
 def run(args):
@@ -772,6 +820,9 @@ def run(args):
             model.check_target(args.output, inputs)
         except ValueError as error:
             raise UserError(f"--output: {error}") from None
+    asks = args.prompt is None and args.score is None
+    if asks and args.exclude is not None and is_same_file(args.exclude, "/dev/stdin"):
+        raise UserError("--exclude is standard input, from which prompts come; pass --prompt too")
     trained = model.load_for("--weights_path", args.weights_path)[0]
     known = TextSet()
     if args.exclude is not None:
@@ -779,7 +830,7 @@ def run(args):
         for sequence in read_sequences("exclude", args.exclude):
             known.add(sequence)
     to_terminal = args.output is None and sys.stdout.isatty()
-    escape = model.printable if to_terminal else str
+    escape = model.printable if to_terminal else keep_to_one_line
     columns = to_terminal and args.most_likely is None and args.score is None
     notes = []
     find = make_finder(args, trained, known, notes.append, escape)
@@ -790,7 +841,7 @@ def run(args):
 
     def tell_notes():
         while notes:
-            print(f"sample.py: {notes.pop(0)}", file=sys.stderr)
+            tell(f"sample.py: {notes.pop(0)}")
 
     total = None
     if args.score is not None:
@@ -802,14 +853,14 @@ def run(args):
             raise UserError(f"--prompt: {error}") from None
         total = args.most_likely or args.num_samples
     elif args.output is not None:
-        lines = find_for_lines(find, sys.stdin)
+        lines = find_for_lines(find, read_prompts())
     elif sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - input() edits lines once it is imported
         converse(lambda prompt: show_all(find(prompt)))
         return 0
     else:
-        return answer_lines(lambda prompt: show_all(find(prompt)), sys.stdin)
+        return answer_lines(lambda prompt: show_all(find(prompt)), read_prompts())
 
     if args.output is None:
         show_all(lines)
@@ -819,9 +870,10 @@ def run(args):
     except OSError as error:
         raise UserError(f"--output: can't write {args.output}: {error.strerror}") from None
     tell_notes()
-    done = f"{model.printable(args.output)} holds {count:,} lines"
-    print(f"Stopped: {done}" if stopped else done, file=sys.stderr)
-    return 130 if stopped else 0
+    tell(f"{'Stopped: ' if stopped else ''}{args.output} holds {count:,} lines")
+    if stopped:
+        raise stopped
+    return 0
 
 
 def main(arguments=None):
@@ -830,6 +882,8 @@ def main(arguments=None):
     Returns:
         Int, the exit status.
     """
+    model.open_streams()
+    model.catch_signals(stop)
     parser, args = parse_arguments(arguments)
     # Bytes that are no characters become characters that no model knows.
     encoding = {} if sys.stdin.isatty() else {"encoding": "utf-8-sig"}
@@ -842,15 +896,23 @@ def main(arguments=None):
         return run(args)
     except UserError as error:
         parser.error(str(error))
+    except MemoryError:
+        parser.error("there is not enough memory; lower --num_samples, --max_len or --most_likely")
     except BrokenPipeError:
         # Nobody reads the rest, which the interpreter would flush at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parser.error(f"can't write the results: {error.strerror}")
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stopped:
+        model.catch_signals(signal.SIG_IGN)  # it is stopping already
+        return 128 + stopped.args[0]
     return 0
+
+
+def stop(number, frame):
+    """Handles signals that ask the process to stop."""
+    raise KeyboardInterrupt(number)
 
 
 if __name__ == "__main__":

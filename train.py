@@ -21,9 +21,12 @@ import shlex
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
+from tempfile import TemporaryFile
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import numpy as np
 
@@ -42,8 +45,10 @@ REUSE = 4  # how often a sequence that teachers invented is learned from
 PREDICTIONS = 2**24  # of what they predict of it, the most numbers that are kept at a time
 ARRIVAL = 300  # seconds that the processes of a group wait for each other to begin
 NOTHING_SAVED = "nothing new was saved"
-# Set by Ctrl-C, since a library can make another error of a KeyboardInterrupt or drop it.
-stop_requested = threading.Event()
+OUT_OF_MEMORY = "there is not enough memory; lower --batch_size, --units, --layers or --max_len"
+# The signals that asked to stop: a library can make another error of a KeyboardInterrupt or
+# drop it.
+stop_requests = []
 UNITS, LAYERS, SENTINEL = 128, 2, "\n"
 # What makes two runs the same run: a file is continued only if all of it agrees.
 SETTINGS = (
@@ -315,9 +320,9 @@ def read_corpus(args, characters=""):
     try:
         return model.encode(loader, args.sentinel, args.max_len, characters)
     except OSError as error:
+        path = args.sequence_path or repr(args.sequence_path)
         raise UserError(
-            f"--sequence_path: can't read {args.sequence_path}: {error.strerror}; "
-            "name a file with your sequences"
+            f"--sequence_path: can't read {path}: {error.strerror}; name a file with your sequences"
         ) from None
     except model.SentinelError as error:
         raise UserError(explain_sentinel(args, loader, error, characters)) from None
@@ -328,12 +333,19 @@ def read_corpus(args, characters=""):
 def explain_sentinel(args, loader, error, characters):
     """Returns what to tell the user about a `model.SentinelError` in a loader's data."""
     where, such_as = f"sequence {error.first + 1}", ""
-    if os.path.isfile(args.sequence_path):  # what came through a pipe can't be read again
-        used = {*characters, *itertools.chain.from_iterable(loader)}
-        next(itertools.islice(loader, error.first, None))
-        candidates = itertools.chain(" |~^_", filter(str.isprintable, map(chr, range(33, 0xD800))))
-        free = next(character for character in candidates if character not in used)
-        where, such_as = f"line {loader.line}", f", such as --sentinel {shlex.quote(free)}"
+    # What came through a pipe can't be read again, and a file may have changed since.
+    if os.path.isfile(args.sequence_path):
+        with contextlib.suppress(OSError, ValueError, StopIteration):
+            used = {*characters, *itertools.chain.from_iterable(loader)}
+            next(itertools.islice(loader, error.first, None))
+            where = f"line {loader.line}"
+            candidates = itertools.chain(" |~^_", map(chr, range(33, 0x110000)))
+            free = next(
+                character
+                for character in candidates
+                if character not in used and model.printable(character) == character
+            )
+            such_as = f", such as --sentinel {shlex.quote(free)}"
     return (
         f"{args.sequence_path}, {where}: the sequence contains the sentinel {args.sentinel!r} "
         f"({error.count} in all do); pass a character that none contains{such_as}"
@@ -562,6 +574,35 @@ def hash_arrays(arrays):
     return fingerprint.hexdigest()
 
 
+@contextlib.contextmanager
+def claim(args):
+    """Makes sure that this run, and no other at the same time, can write to `--save_path`.
+
+    Raises:
+        UserError: if it can't or must not.
+    """
+    try:
+        inputs = {"--sequence_path": args.sequence_path, "--init_from": args.init_from}
+        inputs |= {f"--teachers ({teacher})": teacher for teacher in args.teachers}
+        model.check_target(args.save_path, inputs)
+    except ValueError as error:
+        raise UserError(f"--save_path: {error}") from None
+    with contextlib.ExitStack() as claimed:
+        try:
+            claimed.enter_context(model.locking(f"{os.path.realpath(args.save_path)}.lock"))
+        except BlockingIOError:
+            raise UserError(
+                f"--save_path: another run is writing {args.save_path}; wait until it has ended, "
+                "or pass another --save_path"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"--save_path: can't write beside {args.save_path}: {error.strerror}; name a file "
+                "in a folder that you can write to"
+            ) from None
+        yield
+
+
 def find_earlier_run(args, metadata):
     """Looks for a run to continue at `--save_path` and checks that it is this one.
 
@@ -577,20 +618,16 @@ def find_earlier_run(args, metadata):
         UserError: if training must not or can't write there.
     """
     path = args.save_path
-    try:
-        inputs = {"--sequence_path": args.sequence_path, "--init_from": args.init_from}
-        inputs |= {f"--teachers ({teacher})": teacher for teacher in args.teachers}
-        model.check_target(path, inputs)
-    except ValueError as error:
-        raise UserError(f"--save_path: {error}") from None
-    if args.overwrite or not os.path.lexists(path):
+    if args.overwrite or not os.path.exists(path):
         return None
     ways_out = "pass --overwrite to start over, or another --save_path"
     try:
         best, found = model.load(path)
         difference = find_difference(found, metadata)
         state = [] if difference else model.load_training_state(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"--save_path: can't read {path}: {error.strerror}; {ways_out}") from None
+    except ValueError as error:
         raise UserError(f"--save_path: {error}; {ways_out}") from None
     if difference:
         raise UserError(f"--save_path: {path} was trained with {difference}; {ways_out}")
@@ -652,13 +689,15 @@ def quiet():
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as messages:
+    # In memory where that can be, since there may be no place for temporary files.
+    in_memory = hasattr(os, "memfd_create")
+    with open(os.memfd_create("messages"), "r+b") if in_memory else TemporaryFile() as messages:
         stderr = os.dup(2)
         os.dup2(messages.fileno(), 2)
         try:
             yield
         except Exception:
-            if not stop_requested.is_set():
+            if not stop_requests:
                 messages.seek(0)
                 os.write(stderr, messages.read())
             raise
@@ -689,9 +728,17 @@ def import_keras():
                 tf.config.list_physical_devices()
                 tf.get_logger().setLevel("ERROR")  # it would warn of each length anew
         gc.freeze()
+    except (AttributeError, TypeError, ValueError) as error:  # of what keras.json says
+        if stop_requests:
+            raise
+        home = os.environ.get("KERAS_HOME", os.path.join("~", ".keras"))
+        raise UserError(
+            f"Keras can't start: {str(error).partition(chr(10))[0]}; mend {home}/keras.json"
+        ) from None
     finally:
         gc.enable()
     check_backend(keras.backend.backend())
+    keras.config.set_floatx("float32")  # whatever keras.json says
     return keras
 
 
@@ -888,7 +935,7 @@ class Group:
         # JAX would wait until the others end too, while they wait for this one.
         if not self.done:
             sys.stdout.flush()
-            os._exit(130 if stop_requested.is_set() else 2)
+            os._exit(128 + stop_requests[0] if stop_requests else 2)
 
 
 def find_group(distribute):
@@ -963,6 +1010,33 @@ def mute(speak):
             if speak or stream is sys.stderr:
                 options = {"encoding": stream.encoding, "errors": stream.errors}
                 setattr(sys, name, os.fdopen(own, "w", buffering=1, **options))
+
+
+def check_size(args, corpus, batch_size):
+    """Raises a `UserError` if a network is sure not to fit into the memory.
+
+    Args:
+        args: the command line.
+        corpus: `model.Corpus`.
+        batch_size: int.
+    """
+    shapes = model.weight_shapes(len(corpus.alphabet), args.units, args.layers)
+    weights = sum(math.prod(shape) for names in shapes.values() for shape in names.values())
+    # Adam has two averages of each weight; the best epoch's weights are kept too; and a file of
+    # these four is put together in memory.
+    numbers = 8 * weights
+    # Of each step the way back needs all gates and both states, and at the end one-hot
+    # characters and probabilities.
+    per_step = 6 * args.units * args.layers + 2 * len(corpus.alphabet)
+    numbers += batch_size * int(np.median(corpus.targets)) * per_step
+    try:
+        model.check_memory(
+            4 * numbers,
+            f"training {args.layers:,} layers of {args.units:,} units on batches of {batch_size:,}",
+            "lower --units, --layers or --batch_size",
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def prepare_network(args, corpus, training, steps, source, group):
@@ -1278,17 +1352,21 @@ def fit(args, metadata, corpus, training, held_out, source, teachers, earlier, g
             size = min(batch_size, len(held_out))
             calls = make_calls(corpus, held_out, size, steps, to_evaluate)
             losses["val_loss"] = pass_over(evaluate, calls, title + ", validation", len(held_out))
-        if not all(map(math.isfinite, losses.values())):
+        state = [np.asarray(variable) for variable in variables]
+        numbers = all(np.isfinite(array).all() for array in state)
+        small = all(np.abs(weights).max() <= model.LARGEST for weights in network.get_weights())
+        if not (all(map(math.isfinite, losses.values())) and numbers and small):
             raise UserError(
-                f"the loss of epoch {epoch + 1} is not a number any more; try a --learning_rate "
-                f"below {args.learning_rate}, in another --save_path or with --overwrite"
+                f"the loss of epoch {epoch + 1} is not a number any more, or the weights are not; "
+                f"{explain_kept(args, history)}; try a --learning_rate below "
+                f"{args.learning_rate}, in another --save_path or with --overwrite"
             )
         grown = {**history, **{name: [*history[name], loss] for name, loss in losses.items()}}
         weights = network.get_weights()
         if epochs_since_best(grown) == 0:
             best = weights
 
-        group.lead(save, args, network, best, {**metadata, "history": grown}, variables)
+        group.lead(save, args, network, best, {**metadata, "history": grown}, state)
         history.update(grown)
         left = (time.monotonic() - begun) / (epoch + 1 - first) * (args.epochs - epoch - 1)
         figures = [f"{name}: {loss:.4f}" for name, loss in losses.items()]
@@ -1320,10 +1398,9 @@ def take_up(args, variables, state):
         variable.assign(array)
 
 
-def save(args, network, best, metadata, variables):
+def save(args, network, best, metadata, state):
     """Writes what an epoch learned to `--save_path`, or raises a `UserError` if it can't."""
     try:
-        state = [np.asarray(variable) for variable in variables]
         model.save(args.save_path, network, best, metadata, state)
     except OSError as error:
         raise UserError(
@@ -1345,33 +1422,23 @@ def pass_over(function, calls, title, total):
         Float, the mean loss of a target in nats. Not finite as soon as one
         call's is not.
     """
-    terminal = sys.stdout.isatty()
-    pause = 0.2 if terminal else 60
-    start = time.monotonic()
-    due = start + pause
-    width = len(title)
-    if terminal:
-        print(end=title, flush=True)
+    line = model.ProgressLine(sys.stdout, 60, title)
     nats = targets = done = 0
     for parts, count in calls:
-        if stop_requested.is_set():
+        if stop_requests:
             raise KeyboardInterrupt
         nats += function(parts, count)
         if not math.isfinite(nats):
             break
         targets += sum(int(part[1].sum()) for part in parts)
         done += sum(np.count_nonzero(part[1]) for part in parts)
-        now = time.monotonic()
-        if now >= due:
-            due = now + pause
-            progress = model.describe_progress(done, total, now - start)
-            shown = f"{title} {progress} - loss: {nats / targets:.4f}"
-            if terminal:
-                shown = shown[: os.get_terminal_size(sys.stdout.fileno()).columns - 1]
-                width = max(width, len(shown))
-            print(end="\r" + shown.ljust(width) if terminal else shown + "\n", flush=True)
-    if terminal:
-        print(end="\r" + " " * width + "\r", flush=True)
+        loss = nats / targets
+        line.show(
+            lambda seconds, done=done, loss=loss: (
+                f"{title} {model.describe_progress(done, total, seconds)} - loss: {loss:.4f}"
+            )
+        )
+    line.clear()
     return nats / targets if targets else nats
 
 
@@ -1441,7 +1508,7 @@ def open_log(folder, history):
     path = os.path.join(folder, f"events.out.tfevents.{time.time():.0f}.{os.getpid()}")
     written = 0
     try:
-        events = tf.io.TFRecordWriter(path)
+        events = tf.io.TFRecordWriter(os.fsencode(path))
         events.write(Event(file_version="brain.Event:2", wall_time=time.time()).SerializeToString())
     except tf.errors.OpError as error:
         raise UserError(f"--log_dir: can't write {path}: {error.message}") from None
@@ -1480,6 +1547,12 @@ def run(args):
     if group.size > 1:
         print(f"Process {group.rank} of {group.size}; they meet at {group.address}")
         mute(speak=group.rank == 0)
+    with contextlib.nullcontext() if group.rank else claim(args):
+        learn(args, group)
+
+
+def learn(args, group):
+    """Does all of it as one process of a `Group`."""
     loaded = read_teachers(args)
     source, teachers = read_source(args), [teacher for teacher, _ in loaded]
     known = "".join(each.alphabet.symbols[1:] for each in (source, *teachers) if each)
@@ -1488,13 +1561,14 @@ def run(args):
     check_teachers(args, loaded, corpus, metadata["data"])
     earlier = None if group.rank else find_earlier_run(args, metadata)
     training, held_out = split(corpus, args.validation_split)
-    print(
+    check_size(args, corpus, min(args.batch_size, len(training)))
+    say(
         f"Read {len(corpus):,} sequences, {np.count_nonzero(corpus.rows):,} characters, "
         f"an alphabet of {len(corpus.alphabet) - 1:,}, from {args.sequence_path}"
     )
     if source:
         added = len(corpus.alphabet) - len(source.alphabet)
-        print(f"Starting from {args.init_from}, which gains {added:,} characters")
+        say(f"Starting from {args.init_from}, which gains {added:,} characters")
     if not corpus.complete.all():
         print(
             f"Cut to {metadata['max_len']} characters, because they were longer: "
@@ -1514,16 +1588,19 @@ def run(args):
             corpus = corpus.take_share(group.rank, group.size)
         done = len(history["loss"])
         if done >= args.epochs or (args.patience and epochs_since_best(history) >= args.patience):
-            print(f"{args.save_path} is finished: it has learned for {done} epochs")
+            say(f"{args.save_path} is finished: it has learned for {done} epochs")
         else:
             group.lead(make_log_dir, args.log_dir)
             if done:
-                print(f"Continuing {args.save_path} after epoch {done}")
+                say(f"Continuing {args.save_path} after epoch {done}")
             fit(args, metadata, corpus, training, held_out, source, teachers, earlier, group)
-    except (Exception, KeyboardInterrupt):
-        if not stop_requested.is_set():
-            raise
-        raise KeyboardInterrupt(explain_stop(args, history)) from None
+    except (Exception, KeyboardInterrupt) as error:
+        if stop_requests:
+            raise KeyboardInterrupt(explain_stop(args, history)) from None
+        # As TensorFlow and JAX call it.
+        if type(error).__name__ == "ResourceExhaustedError" or "RESOURCE_EXHAUSTED" in str(error):
+            raise UserError(OUT_OF_MEMORY) from None
+        raise
 
     kept = len(history["loss"]) - epochs_since_best(history)
     loss = (history["val_loss"] or history["loss"])[kept - 1]
@@ -1531,32 +1608,43 @@ def run(args):
     kind = "validation loss" if history["val_loss"] else "loss"
     if teachers and not history["val_loss"]:
         kind = "loss against its teachers"
-    print(
+    say(
         f"{args.save_path} holds epoch {kept}: {kind} {loss:.4f} nats per character, "
         f"perplexity {perplexity:.4g}"
     )
-    print(f"Sample from it: python sample.py --weights_path {shlex.quote(args.save_path)}")
+    say(f"Sample from it: python sample.py --weights_path {shlex.quote(args.save_path)}")
     group.done = True
+
+
+def say(text):
+    """Prints a line that may hold the name of a file."""
+    print(model.printable(text))
 
 
 def explain_stop(args, history):
     """Returns what to tell the user who stopped the training after these losses."""
+    kept = explain_kept(args, history)
     if not history["loss"]:
-        return NOTHING_SAVED
+        return kept
     without = " without --overwrite" if args.overwrite else ""
-    return f"{args.save_path} keeps the last whole epoch; the same command{without} continues"
+    return f"{kept}; the same command{without} continues"
+
+
+def explain_kept(args, history):
+    """Returns what `--save_path` holds after these losses, a str."""
+    return f"{args.save_path} keeps the last whole epoch" if history["loss"] else NOTHING_SAVED
 
 
 def request_stop(signal_number, frame):
-    """Handles Ctrl-C: raises KeyboardInterrupt, and remembers that it did."""
-    stop_requested.set()
-    raise KeyboardInterrupt
+    """Handles what asks to stop: raises KeyboardInterrupt, and remembers that it did."""
+    stop_requests.append(signal_number)
+    raise KeyboardInterrupt(NOTHING_SAVED)
 
 
 def main(arguments=None):
     """Runs the command line."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
-        signal.signal(signal.SIGINT, request_stop)
+    model.open_streams()
+    model.catch_signals(request_stop)
     # A name in Japanese must not stop a night's training under LANG=C.
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     parser, args = parse_arguments(arguments)
@@ -1571,10 +1659,14 @@ def main(arguments=None):
         parser.error(str(error))
     except OSError as error:  # reading and saving explain themselves; this is stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        parser.error(f"can't print what happens: {error.strerror}; whole epochs are kept")
+        parser.error(f"can't print what happens: {error.strerror}; epochs that ended are kept")
+    except MemoryError:
+        parser.error(OUT_OF_MEMORY)
     except KeyboardInterrupt as stop:
-        print(f"\nStopped: {str(stop) or NOTHING_SAVED}.", file=sys.stderr)
-        sys.exit(130)
+        model.catch_signals(signal.SIG_IGN)  # it is stopping already
+        with contextlib.suppress(OSError):  # of a closed terminal
+            print("\n" + model.printable(f"Stopped: {stop}."), file=sys.stderr)
+        sys.exit(128 + stop_requests[0])
 
 
 if __name__ == "__main__":

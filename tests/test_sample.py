@@ -545,7 +545,7 @@ def test_ctrl_c_before_the_first_result_leaves_the_old_file(tmp_path):
 
 def test_a_log_gets_lines(capsys, monkeypatch):
     moments = itertools.count(step=4)
-    monkeypatch.setattr(sample.time, "monotonic", lambda: next(moments))
+    monkeypatch.setattr(model.time, "monotonic", lambda: next(moments))
     assert list(sample.watch("abcdef", total=6)) == list("abcdef")
     assert capsys.readouterr().err == (
         "[##########----------] 3 of 6, 0 a second, 0:00:12 left\n"
