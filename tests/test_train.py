@@ -771,7 +771,8 @@ def test_models_that_can_not_teach_are_named(finished):
         ): "copy.h5 was trained with other --teachers; pass",
     }.items():
         (finished / "copy.h5").write_bytes(before)
-        process = run("train.py", *SMALL, "--teachers", *flags, cwd=finished)
+        other = ["--save_path", "copy.h5"]
+        process = run("train.py", *SMALL, *other, "--teachers", *flags, cwd=finished)
         assert_one_line_error(process, "train.py")
         assert message in process.stderr
         assert path.read_bytes() == (finished / "copy.h5").read_bytes() == before
