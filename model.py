@@ -1322,6 +1322,7 @@ def _call_apart(function, size):
             for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
             signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where the C library tells of a crash
             with contextlib.suppress(OSError), open("/proc/self/statm") as pages:
                 most = int(pages.read().split()[0]) * resource.getpagesize() + size + 2**27
                 resource.setrlimit(resource.RLIMIT_AS, (most, most))

@@ -375,7 +375,9 @@ def test_a_pipe_that_closes_stops_the_run_with_a_line(folder):
         pass
     process.stdout.close()
     assert process.wait(60) == 2
-    expected = "train.py: error: can't print what happens: Broken pipe; epochs that ended are kept\n"
+    expected = (
+        "train.py: error: can't print what happens: Broken pipe; epochs that ended are kept\n"
+    )
     assert process.stderr.read() == expected
     assert len(model.load(folder / "incognito_model.h5")[1]["history"]["loss"]) >= 1
 

@@ -260,6 +260,31 @@ def change_objects(content, rng, canaries):
     return memory.getvalue()
 
 
+def change_both(content, rng, canaries):
+    """Does what `change_objects` does, and now and then what `change_bytes` does."""
+    content = change_objects(content, rng, canaries)
+    if rng.random() < 0.3:
+        content = change_bytes(content, rng, find_checksums(content), find_structures(content))
+    return content
+
+
+def call_apart(function, *arguments):
+    """Returns the bytes that a function gives, or none if it fails or crashes, as h5py may."""
+    with tempfile.TemporaryFile() as file:
+        child = os.fork()
+        if not child:
+            try:
+                signal.alarm(SECONDS)
+                np.seterr(all="ignore")
+                file.write(function(*arguments))
+                file.flush()
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        file.seek(0)
+        return file.read()
+
+
 def names_of(file, kind=h5py.Dataset):
     """The names of all objects of a kind in a file."""
     found = []
@@ -797,13 +822,10 @@ def main():
             # Half from the good ones, half from where those led that were new.
             parent = pick(rng, bases if rng.random() < 0.5 else pool)
             guards = guarded[parent]
-            content = None
+            content = b""
             if rng.random() < 0.5:
-                with contextlib.suppress(Exception):  # h5py can't open every child
-                    content = change_objects(parent, rng, canaries)
-                    if rng.random() < 0.3:
-                        found = find_checksums(content), find_structures(content)
-                        content = change_bytes(content, rng, *found)
+                own = np.random.default_rng((args.seed, number))
+                content = call_apart(change_both, parent, own, canaries)
             content = content or change_bytes(parent, rng, *guards)
             watch.happened()
             results = list(read(content, folder, watch, baseline))
