@@ -17,7 +17,6 @@ import contextlib
 import ctypes
 import dataclasses
 import io
-import itertools
 import json
 import math
 import os
@@ -208,7 +207,7 @@ def change_bytes(content, rng, checksums, spans):
         elif kind == 4:
             content[place] = int(rng.choice([0, 1, 0x7F, 0x80, 0xFE, 0xFF, rng.integers(256)]))
         elif kind <= 7:
-            number = int(rng.choice(NUMBERS + [size, size - 1, size + 1, place], replace=True))
+            number = int(rng.choice([*NUMBERS, size, size - 1, size + 1, place]))
             width = int(rng.choice([1, 2, 4, 8]))
             data = (number % 256**width).to_bytes(width, "little")
             content[place : place + width] = data[: size - place]
@@ -254,7 +253,7 @@ def change_objects(content, rng, canaries):
     libver = str(rng.choice(["earliest", "latest"]))
     with h5py.File(memory, "r+", libver=libver) as file:
         for _ in range(1 + rng.geometric(0.6)):
-            name, change = CHANGES[rng.integers(len(CHANGES))]
+            change = pick(rng, CHANGES)
             with contextlib.suppress(OSError, RuntimeError, TypeError, ValueError, LookupError):
                 change(file, rng, canaries)
     return memory.getvalue()
@@ -560,7 +559,7 @@ def nest(file, rng, canaries):
 
 
 CHANGES = [
-    (change.__name__, change)
+    change
     for change, weight in (
         (replace_array, 4),
         (replace_numbers, 2),
@@ -646,7 +645,7 @@ def run(arguments, follow):
         is that of `os.waitstatus_to_exitcode`, or None if it took too long,
         and the memory is the largest resident set, in bytes.
     """
-    streams = [tempfile.TemporaryFile() for _ in range(3)]
+    streams = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115
     start = time.monotonic()
     child = os.fork()
     if not child:
@@ -655,8 +654,8 @@ def run(arguments, follow):
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             for number in (1, 2):
                 os.dup2(streams[number - 1].fileno(), number)
-            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-            sys.stderr = open(2, "w", encoding="utf-8", closefd=False, errors="backslashreplace")
+            sys.stdout = os.fdopen(1, "w", encoding="utf-8")
+            sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace")
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_CPU, (2 * SECONDS, 2 * SECONDS))
             lines = set()
@@ -797,72 +796,126 @@ def prepare(folder):
     return bases, canaries, watch, baseline
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--count", type=int, default=10_000, help="inputs")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=pathlib.Path, help="a folder for what breaks the rule")
-    args = parser.parse_args()
-    rng = np.random.default_rng(args.seed)
-    outcomes, worst = collections.Counter(), {"seconds": 0.0, "memory": 0}
-    messages, wrong = collections.Counter(), collections.Counter()
+@dataclasses.dataclass
+class Report:
+    """What came of many inputs.
+
+    Attributes:
+        outcomes: `Counter` of tuples `(way, verdict)`.
+        refusals: `Counter` of what was said on stderr, without its details.
+        seconds, memory: the worst of what `Result` says.
+        found: int, how many inputs led somewhere new.
+    """
+
+    outcomes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    refusals: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    seconds: float = 0.0
+    memory: int = 0
+    found: int = 0
+
+    def add(self, result):
+        """Counts a `Result`."""
+        self.outcomes[result.way, result.verdict] += 1
+        self.seconds = max(self.seconds, result.seconds)
+        self.memory = max(self.memory, result.memory)
+        if result.verdict == "refused":
+            self.refusals[re.sub(r"\d+|'[^']*'|[^ ]+/[^ ]+", "#", result.message)[:150]] += 1
+
+    @property
+    def wrong(self):
+        """The verdicts, str, that break the rule."""
+        return [verdict for _, verdict in self.outcomes if verdict.startswith("WRONG")]
+
+    def __str__(self):
+        crashes = sum(n for text, n in self.refusals.items() if "HDF5 library fails" in text)
+        lines = [f"{way:10} {verdict:40} {n:8,}" for (way, verdict), n in self.outcomes.items()]
+        lines = [
+            *sorted(lines),
+            f"{len(self.refusals)} different refusals; {crashes} of a crash or limit of HDF5's",
+            f"slowest {self.seconds:.2f} s, largest {self.memory / 2**20:.1f} MB beyond the file's",
+            f"{self.found} inputs led somewhere new",
+        ]
+        return "\n".join(lines)
+
+
+def fuzz(count, seed, keep=None):
+    """Lets both scripts read so many inputs.
+
+    Args:
+        count: int.
+        seed: int.
+        keep: `pathlib.Path` or None, a folder for the inputs that break the rule.
+
+    Returns:
+        `Report`.
+    """
+    rng = np.random.default_rng(seed)
+    report = Report()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         bases, canaries, watch, baseline = prepare(folder)
-        guarded = {
-            content: (find_checksums(content), find_structures(content)) for content in bases
-        }
+        guards = {content: (find_checksums(content), find_structures(content)) for content in bases}
         pool, seen = list(bases), set()
         for content in bases:
             for result in read(content, folder, watch, baseline):
+                assert not result.verdict.startswith("WRONG"), result
                 seen |= result.features
-                print(f"a good file, {result.way}: {result.verdict} {result.message}", end="\n")
         start = time.monotonic()
-        for number in itertools.count(1):
+        for number in range(1, count + 1):
             # Half from the good ones, half from where those led that were new.
             parent = pick(rng, bases if rng.random() < 0.5 else pool)
-            guards = guarded[parent]
             content = b""
             if rng.random() < 0.5:
-                own = np.random.default_rng((args.seed, number))
+                own = np.random.default_rng((seed, number))
                 content = call_apart(change_both, parent, own, canaries)
-            content = content or change_bytes(parent, rng, *guards)
+            content = content or change_bytes(parent, rng, *guards[parent])
             watch.happened()
             results = list(read(content, folder, watch, baseline))
             features = frozenset().union(*(result.features for result in results))
             if not features <= seen:
                 seen |= features
                 pool.append(content)
-                guarded[content] = guards
+                guards[content] = guards[parent]
+                report.found += 1
             for result in results:
-                outcomes[result.way, result.verdict] += 1
-                worst["seconds"] = max(worst["seconds"], result.seconds)
-                worst["memory"] = max(worst["memory"], result.memory)
-                if result.verdict == "refused":
-                    messages[re.sub(r"\d+|'[^']*'", "#", result.message)[:150]] += 1
+                report.add(result)
                 if result.verdict.startswith("WRONG"):
-                    wrong[result.verdict] += 1
-                    if wrong[result.verdict] <= 20:
-                        last = result.message.strip().rpartition("\n")[2][:200]
-                        print(f"{number} {result.way}: {result.verdict}: {last}", flush=True)
-                        if args.keep:
-                            kind = re.sub(r"\W+", "_", result.verdict[7:])
-                            args.keep.mkdir(exist_ok=True)
-                            (args.keep / f"{kind}_{args.seed}_{number}.h5").write_bytes(content)
-            if number % 500 == 0 or number == args.count:
+                    last = result.message.strip().rpartition("\n")[2][:200]
+                    print(f"{number} {result.way}: {result.verdict}: {last}", flush=True)
+                    if keep:
+                        keep.mkdir(exist_ok=True)
+                        kind = re.sub(r"\W+", "_", result.verdict[7:])
+                        (keep / f"{kind}_{seed}_{number}.h5").write_bytes(content)
+            if number % 500 == 0:
                 seconds = time.monotonic() - start
-                print(
-                    f"{number:,} inputs, {seconds:,.0f} s, {len(pool)} of them new, {len(seen)} "
-                    f"features, slowest {worst['seconds']:.2f} s, "
-                    f"largest {worst['memory'] / 2**20:.1f} MB",
-                    flush=True,
-                )
-            if number == args.count:
-                break
-    for (way, verdict), count in sorted(outcomes.items()):
-        print(f"{way:10} {verdict:40} {count:8,}")
-    print(f"{len(messages)} different refusals")
-    sys.exit(bool(wrong))
+                print(f"{number:,} inputs, {seconds:,.0f} s, {len(seen)} features", flush=True)
+    return report
+
+
+def read_files(paths):
+    """Does with files what `fuzz` does with its inputs."""
+    report = Report()
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        _, _, watch, baseline = prepare(folder)
+        for path in paths:
+            for result in read(path.read_bytes(), folder, watch, baseline):
+                report.add(result)
+                print(f"{path.name}, {result.way}: {result.verdict}: {result.message.strip()}")
+    return report
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=10_000, help="inputs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=pathlib.Path, help="a folder for what breaks the rule")
+    parser.add_argument("files", type=pathlib.Path, nargs="*", help="read these instead")
+    args = parser.parse_args()
+    report = read_files(args.files) if args.files else fuzz(args.count, args.seed, args.keep)
+    print(f"HDF5 {h5py.version.hdf5_version}, seed {args.seed}")
+    print(report)
+    sys.exit(bool(report.wrong))
 
 
 if __name__ == "__main__":
