@@ -71,8 +71,9 @@ def ways(path, folder):
     for loader in ("SequenceLoader", "VocabularyLoader", "UserNameLoader"):
         flags = [f"--loader_class={loader}", f"--save_path={folder / 'new.h5'}", *READ]
         yield ["train.py", f"--sequence_path={path}", *flags]
-    yield ["sample.py", f"--exclude={path}", "--prompt=", "--num_samples=2"]
-    yield ["sample.py", f"--score={path}"]
+    weights = f"--weights_path={folder / 'model.h5'}"
+    yield ["sample.py", weights, f"--exclude={path}", "--prompt=", "--num_samples=2"]
+    yield ["sample.py", weights, f"--score={path}"]
 
 
 def judge(arguments, content, status, err):
@@ -106,6 +107,7 @@ def fuzz(count, seed, keep=None):
     outcomes, slowest, largest = collections.Counter(), 0.0, 0
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
+        (folder / "model.h5").write_bytes(models.make_bases(folder)[0])
         (folder / "good.txt").write_bytes(b"abc\n" * 1000)
         wordfreq.word_frequency("a", "en")  # which takes a second at the first time
         good = [models.run(way, False)[-1] for way in ways(folder / "good.txt", folder)]
