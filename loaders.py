@@ -5,6 +5,7 @@ import csv
 import io
 import itertools
 
+LONGEST_ROW = 1000  # lines that a row of a CSV file may have
 LONGEST_LINE = 2**20  # characters; what is longer is no list of sequences
 
 
@@ -55,7 +56,7 @@ class SequenceLoader:
 
     def _records(self):
         for self.line, text in enumerate(self._lines(), start=1):  # noqa: B020
-            yield text.removesuffix("\n").removesuffix("\r")
+            yield text.rstrip("\n").removesuffix("\r")
 
     def _lines(self):
         # Python's own iteration over lines would first read a line of any length.
@@ -72,15 +73,15 @@ class SequenceLoader:
                         f"{self.path}, line {line}: not UTF-8 text; convert the file to UTF-8 "
                         f"first. Received: byte {error.object[error.start]:#04x}."
                     ) from None
-                lines, end, rest = text.rpartition("\n")
-                if "\0" in text:
-                    line = count + 1 + text.count("\n", 0, text.index("\0"))
-                    raise ValueError(
-                        f"{self.path}, line {line}: it holds a NUL, so this is not UTF-8 text; "
-                        "convert the file to UTF-8 first."
-                    )
+                before, nul, _ = text.partition("\0")
+                lines, end, rest = before.rpartition("\n")
                 yield from io.StringIO(lines + end, newline="\n")
-                count += text.count("\n")
+                count += before.count("\n")
+                if nul:
+                    raise ValueError(
+                        f"{self.path}, line {count + 1}: it holds a NUL, so this is not UTF-8 "
+                        "text; convert the file to UTF-8 first."
+                    )
                 if len(rest) > LONGEST_LINE:
                     raise ValueError(
                         f"{self.path}, line {count + 1}: longer than {LONGEST_LINE:,} "
@@ -153,25 +154,32 @@ class UserNameLoader(SequenceLoader):
     empty = "holds no data row: after the header it needs a row with a first column"
 
     def _records(self):
-        reader = csv.reader(self._lines(), strict=True)
-        rows = filter(None, reader)
-        self.line = 0
+        self.line, header = 0, True
+        reader = csv.reader(self._lines_of_rows(), strict=True)
         try:
-            next(rows, None)
-            for row in rows:
+            for row in reader:
                 self.line = reader.line_num
-                yield row[0]
+                if row and not header:
+                    yield row[0]
+                header = header and not row
         except csv.Error as error:
             line = self.line + 1
             raise ValueError(
                 f"{self.path}, line {line}: not CSV from here on: {self._explain(str(error))}."
             ) from None
 
+    def _lines_of_rows(self):
+        # The csv module itself would look for the end of a row until memory runs out.
+        for number, line in enumerate(self._lines(), start=1):
+            if number - self.line > LONGEST_ROW:
+                raise csv.Error(f"no end within {LONGEST_ROW:,} lines")
+            yield line
+
     @staticmethod
     def _explain(reason):
         if "new-line character" in reason:
             return r"it has a carriage return outside quotes; end all lines by \n or \r\n"
-        if "unexpected end" in reason or "field limit" in reason:
+        if "unexpected end" in reason or "no end" in reason or "field limit" in reason:
             return f"{reason}; is there a quote that is never closed?"
         return f"{reason}; write a quote within a quoted field twice"
 

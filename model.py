@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import glob
 import io
 import itertools
 import json
@@ -21,8 +22,10 @@ import os
 import signal
 import stat
 import sys
+import tempfile
 import time
 import warnings
+import zlib
 
 import h5py
 import numpy as np
@@ -34,7 +37,7 @@ except ImportError:  # on Windows
 
 FORMAT = 1
 LONGEST = 64  # characters kept of a sequence unless the user says otherwise
-SECONDS = 5  # the most that the HDF5 library may take to look through a file
+SECONDS, MEMORY = 5, 2**27  # what the HDF5 library may take to look through a file, and bytes
 BATCH = 2048  # sequences that are invented at a time: more would not fit the cache
 DRAWS = 32  # random numbers that are made at a time for each of them
 LIMITS = {"alphabet": 2**18, "max_len": 2**16, "units": 2**16, "layers": 2**8}  # the most of each
@@ -504,6 +507,12 @@ def weight_shapes(alphabet_size, units, layers):
         }
     shapes["next_character"] = {"kernel": (units, alphabet_size), "bias": (alphabet_size,)}
     return shapes
+
+
+def count_weights(alphabet_size, units, layers):
+    """Returns how many numbers the weights of a network are, an int."""
+    layers_of_names = weight_shapes(alphabet_size, units, layers).values()
+    return sum(math.prod(shape) for names in layers_of_names for shape in names.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1068,67 +1077,99 @@ def replacing(path):
     """Opens a file that takes the place of the one at `path`, in one step and at the end.
 
     Args:
-        path: str or path-like. A link is followed; permissions are kept.
+        path: str or path-like. A link is followed; permissions are kept, and
+            the owner where that is allowed.
 
     Yields:
         A binary file. If the block fails it is removed and `path` stays as it was.
 
     Raises:
-        OSError: if the file can't be written, or another process is just doing so.
+        OSError: if the file can't be written.
     """
     path = os.path.realpath(path)
-    with locking(f"{path}.tmp") as file:
-        file.truncate()  # what a run that was killed has left
-        with contextlib.suppress(FileNotFoundError):
+    folder, name = os.path.split(path)
+    number, temporary = tempfile.mkstemp(".tmp", _hidden(name), folder)
+    try:
+        with open(number, "wb") as file:  # which until the end nobody else can read
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        try:
             old = os.stat(path)
+            mode = old.st_mode & 0o777
             with contextlib.suppress(OSError, AttributeError):  # only root can give files away
-                os.chown(file.name, old.st_uid, old.st_gid)
-            os.chmod(file.name, old.st_mode & 0o777)  # at once, so that nobody else reads it
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-        os.replace(file.name, path)
+                os.chown(temporary, old.st_uid, old.st_gid)
+        except FileNotFoundError:
+            mask = os.umask(0)
+            os.umask(mask)
+            mode = 0o666 & ~mask
+        os.chmod(temporary, mode)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _hidden(name):
+    # Short enough that what is added does not make it too long for a file system.
+    if len(name) > 50:
+        name = f"{name[:50]}~{zlib.crc32(os.fsencode(name)):08x}"
+    return f".{name}."
 
 
 @contextlib.contextmanager
 def locking(path):
-    """Keeps a file to itself, and removes it at the end.
+    """Keeps other processes from a file, and removes what killed ones have left beside it.
+
+    A hidden empty file beside it is locked and at the end removed. One that
+    exists already is no obstacle unless a process has locked it.
 
     Args:
-        path: str. The file is made if there is none; one that a killed
-            process has left is taken over as it is.
-
-    Yields:
-        A binary file.
+        path: str, which need not exist.
 
     Raises:
-        OSError: if the file can't be opened, or another process has it.
+        BlockingIOError: if another process keeps it.
+        OSError: if there can be no file beside it.
     """
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    while True:
-        with open(path, "r+b", opener=lambda path, _: os.open(path, flags, 0o666)) as file:
-            try:
-                if fcntl:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise BlockingIOError(error.errno, "another process is writing it") from None
-            except OSError:  # a file system without locks
-                pass
-            if not _is_at(file, path):
-                continue  # the one who had it has just removed it
-            try:
-                yield file
-            finally:
-                if _is_at(file, path):
+    if fcntl is None:
+        yield
+        return
+    folder, name = os.path.split(os.path.realpath(path))
+    path = os.path.join(folder, _hidden(name) + "lock")
+    with _open_locked(path) as file:
+        try:
+            stale = glob.escape(os.path.join(folder, _hidden(name))) + "?" * 8 + ".tmp"
+            for temporary in glob.glob(stale):
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if _is_at(file, path) and not os.path.getsize(path):
                     os.unlink(path)
-            return
+
+
+def _open_locked(path):
+    flags = os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    while True:
+        file = open(os.open(path, flags, 0o666), "rb")  # noqa: SIM115 - it outlives this
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError:  # a file system without locks
+            return file
+        if _is_at(file, path):
+            return file
+        file.close()  # the one who had it has just removed it
 
 
 def _is_at(file, path):
-    try:
+    with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
+    return False
 
 
 def check_target(path, inputs):
@@ -1148,24 +1189,30 @@ def check_target(path, inputs):
         if stream or special or not os.path.basename(path):
             raise ValueError(f"{path!r} is not a regular file; name one")
         for name, other in inputs.items():
-            with contextlib.suppress(OSError):
-                if other is not None and os.path.samefile(path, other):
-                    raise ValueError(f"{path} is the file of {name}; name another one")
+            if other is not None and is_same_file(path, other):
+                raise ValueError(f"{path} is the file of {name}; name another one")
         real = os.path.realpath(path)
         if os.path.islink(real):
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        with locking(f"{real}.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            owner = os.stat(real).st_uid  # where its name is too long, that fails
             folder = os.stat(os.path.dirname(real))
-            sticky = folder.st_mode & stat.S_ISVTX and os.path.exists(real)
-            # There only an owner may replace a file.
-            if sticky and os.geteuid() not in (0, folder.st_uid, os.stat(real).st_uid):
+            # In a sticky folder only an owner may replace a file.
+            if folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, folder.st_uid, owner):
                 raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-    except BlockingIOError as error:
-        raise ValueError(f"{path}: {error.strerror}; wait for it, or name another file") from None
+        with tempfile.TemporaryFile(dir=os.path.dirname(real)):
+            pass
     except OSError as error:
         raise ValueError(
             f"can't write {path}: {error.strerror}; name a file in a folder that you can write to"
         ) from None
+
+
+def is_same_file(path, other):
+    """Tells whether two paths lead to one file that exists."""
+    with contextlib.suppress(OSError):
+        return os.path.samefile(path, other)
+    return False
 
 
 def load(path):
@@ -1186,6 +1233,9 @@ def load(path):
     """
     with _open(path) as file:
         metadata, offsets, _ = _find_arrays(file)
+        count = count_weights(len(metadata["alphabet"]), metadata["units"], metadata["layers"])
+        # As they are in the file, and as they are computed with.
+        check_memory(2 * 4 * count, f"the model in {path}", "name a smaller one")
         weights = [
             _read_array(file, name, "f4", shape, offset, LARGEST)
             for (name, shape), offset in zip(_places(metadata), offsets)
@@ -1258,9 +1308,10 @@ def _find_arrays(file):
     # The HDF5 library was not made for files of strangers: at some of them its versions
     # crash, hang or take all memory. So it only says where in the file the arrays stand,
     # in a process of its own, and NumPy reads them there.
-    places, _, text = _call_apart(functools.partial(_search, file), _size(file)).partition(b"\n")
-    if not places:
-        raise _ReadError("it is damaged: the HDF5 library fails at it")
+    answer = _call_apart(functools.partial(_search, file))
+    places, whole, text = answer.partition(b"\n")
+    if not whole:
+        raise _ReadError("the HDF5 library crashes at it, or takes too much time or memory")
     places = json.loads(places)
     if isinstance(places, str):
         raise _ReadError(printable(places))
@@ -1298,36 +1349,45 @@ def _places(metadata):
             yield f"model_weights/{layer}/{name}", shape
 
 
-def _call_apart(function, size):
+def _call_apart(function):
     """Calls a function in a process of its own, which can't do much beside computing.
 
     Args:
         function: returns bytes.
-        size: int, the bytes of the file that it reads.
 
     Returns:
-        The bytes, or none if it crashed or took more than it may.
+        The bytes, or not all of them if it crashed or took more than it may.
     """
     if not hasattr(os, "fork"):  # on Windows
         return function()
     import resource
 
     codecs.lookup("ascii")  # h5py needs it, and it can't be found where no file may be opened
+    handled = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if callable(signal.getsignal(number))
+    ]
     receive, send = os.pipe()
+    # None of the handlers may run in the child, where they would undo what is the parent's.
+    signal.pthread_sigmask(signal.SIG_BLOCK, handled)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of threads, which take no part in what follows
         child = os.fork()
     if child == 0:
         try:
-            for number in (signal.SIGALRM, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in (*handled, signal.SIGPROF):
                 signal.signal(number, signal.SIG_DFL)
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where the C library tells of a crash
+            limits = dict.fromkeys(("RLIMIT_NOFILE", "RLIMIT_FSIZE", "RLIMIT_CORE"), 0)
             with contextlib.suppress(OSError), open("/proc/self/statm") as pages:
-                most = int(pages.read().split()[0]) * resource.getpagesize() + size + 2**27
-                resource.setrlimit(resource.RLIMIT_AS, (most, most))
-            for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
-                resource.setrlimit(limit, (0, 0))
+                limits["RLIMIT_AS"] = int(pages.read().split()[0]) * resource.getpagesize() + MEMORY
+            for name, most in limits.items():
+                hard = resource.getrlimit(getattr(resource, name))[1]
+                most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+                resource.setrlimit(getattr(resource, name), (most, most))
             answer = function()
             while answer:
                 answer = answer[os.write(send, answer) :]
@@ -1335,11 +1395,14 @@ def _call_apart(function, size):
             os._exit(0)
     os.close(send)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
         with open(receive, "rb") as pipe:
             return pipe.read(4 * METADATA_SIZE)
     finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        # Where children are ignored, there is none to wait for any more.
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def _size(file):
@@ -1379,7 +1442,7 @@ def _parse_metadata(text, file):
             raise _ReadError(f"its {key} is not a whole number from 1 to {LIMITS[key]}")
     size = _size(file)
     units, layers = metadata["units"], metadata["layers"]
-    if 4 * 4 * units * (units + 1) * layers + 4 * units * len(symbols) > size:
+    if 4 * count_weights(len(symbols), units, layers) > size:
         raise _ReadError(f"{layers} layers of {units} units can't fit in a file of {size} bytes")
     return metadata
 

@@ -1,5 +1,10 @@
 """Invents sequences with a model that train.py saved."""
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 import contextlib
 import dataclasses
 import functools
@@ -9,13 +14,9 @@ import math
 import os
 import pathlib
 import shutil
-import signal
 import sys
 import unicodedata
 import warnings
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import numpy as np
 
@@ -793,13 +794,6 @@ def read_sequences(flag, path):
         raise UserError(f"--{flag}: {error}") from None
 
 
-def is_same_file(path, other):
-    """Tells whether two paths lead to one file."""
-    with contextlib.suppress(OSError):
-        return os.path.samefile(path, other)
-    return False
-
-
 def run(args):
     """Does what the command line asks for.
 
@@ -821,7 +815,7 @@ def run(args):
         except ValueError as error:
             raise UserError(f"--output: {error}") from None
     asks = args.prompt is None and args.score is None
-    if asks and args.exclude is not None and is_same_file(args.exclude, "/dev/stdin"):
+    if asks and args.exclude is not None and model.is_same_file(args.exclude, "/dev/stdin"):
         raise UserError("--exclude is standard input, from which prompts come; pass --prompt too")
     trained = model.load_for("--weights_path", args.weights_path)[0]
     known = TextSet()
@@ -869,6 +863,9 @@ def run(args):
         count, stopped = write(args.output, watch(lines, total))
     except OSError as error:
         raise UserError(f"--output: can't write {args.output}: {error.strerror}") from None
+    except KeyboardInterrupt:
+        tell("Stopped: nothing was written")
+        raise
     tell_notes()
     tell(f"{'Stopped: ' if stopped else ''}{args.output} holds {count:,} lines")
     if stopped:
@@ -883,7 +880,6 @@ def main(arguments=None):
         Int, the exit status.
     """
     model.open_streams()
-    model.catch_signals(stop)
     parser, args = parse_arguments(arguments)
     # Bytes that are no characters become characters that no model knows.
     encoding = {} if sys.stdin.isatty() else {"encoding": "utf-8-sig"}
@@ -892,6 +888,7 @@ def main(arguments=None):
         sys.stdout.reconfigure(errors="backslashreplace")
     else:
         sys.stdout.reconfigure(encoding="utf-8", newline="\n")
+    model.catch_signals(stop)
     try:
         return run(args)
     except UserError as error:

@@ -1,5 +1,10 @@
 """Learns to write sequences like those in a file and saves what it learned as an `.h5`."""
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
+
 import argparse
 import atexit
 import collections
@@ -17,16 +22,13 @@ import math
 import os
 import queue
 import re
+import reprlib
 import shlex
-import signal
 import socket
 import sys
 import threading
 import time
 from tempfile import TemporaryFile
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import numpy as np
 
@@ -278,7 +280,7 @@ def check_teachers(args, loaded, corpus, data):
         missing = set(corpus.alphabet.symbols) - set(teacher.alphabet.symbols)
         if missing:
             raise UserError(
-                f"--teachers: {path} never saw {', '.join(map(repr, sorted(missing)))}, which "
+                f"--teachers: {path} never saw {model.name_some(sorted(missing))}, which "
                 f"{'--init_from or ' if args.init_from else ''}--sequence_path has; name models "
                 "that were trained on the same data"
             )
@@ -589,7 +591,7 @@ def claim(args):
         raise UserError(f"--save_path: {error}") from None
     with contextlib.ExitStack() as claimed:
         try:
-            claimed.enter_context(model.locking(f"{os.path.realpath(args.save_path)}.lock"))
+            claimed.enter_context(model.locking(args.save_path))
         except BlockingIOError:
             raise UserError(
                 f"--save_path: another run is writing {args.save_path}; wait until it has ended, "
@@ -615,7 +617,7 @@ def find_earlier_run(args, metadata):
         and the training state; or None if this run begins.
 
     Raises:
-        UserError: if training must not or can't write there.
+        UserError: if training must not replace what is there.
     """
     path = args.save_path
     if args.overwrite or not os.path.exists(path):
@@ -652,7 +654,7 @@ def find_difference(found, metadata):
     for name, now in metadata["settings"].items():
         then = settings.get(name)
         if now != then:
-            return f"--{name} {then!r}, not {now!r}"
+            return f"--{name} {reprlib.repr(then)}, not {now!r}"
     for name, difference in (
         ("data", "other data (--sequence_path, --num_sequences)"),
         ("init_from", "another --init_from"),
@@ -713,7 +715,7 @@ def import_keras():
         The module `keras`.
 
     Raises:
-        UserError: if Keras's own configuration names a backend of no use.
+        UserError: if Keras's own configuration is damaged or names a backend of no use.
     """
     # What an import leaves is there to stay: to search it for garbage, again and again
     # and once more at the exit, takes a third of the time.
@@ -731,9 +733,12 @@ def import_keras():
     except (AttributeError, TypeError, ValueError) as error:  # of what keras.json says
         if stop_requests:
             raise
-        home = os.environ.get("KERAS_HOME", os.path.join("~", ".keras"))
+        home = os.environ.get("KERAS_HOME", os.path.join(os.path.expanduser("~"), ".keras"))
+        path = os.path.join(home, "keras.json")
+        if not os.path.exists(path):
+            raise
         raise UserError(
-            f"Keras can't start: {str(error).partition(chr(10))[0]}; mend {home}/keras.json"
+            f"Keras can't start: {str(error).partition(chr(10))[0]}; mend {path} if it is at fault"
         ) from None
     finally:
         gc.enable()
@@ -1012,28 +1017,16 @@ def mute(speak):
                 setattr(sys, name, os.fdopen(own, "w", buffering=1, **options))
 
 
-def check_size(args, corpus, batch_size):
-    """Raises a `UserError` if a network is sure not to fit into the memory.
-
-    Args:
-        args: the command line.
-        corpus: `model.Corpus`.
-        batch_size: int.
-    """
-    shapes = model.weight_shapes(len(corpus.alphabet), args.units, args.layers)
-    weights = sum(math.prod(shape) for names in shapes.values() for shape in names.values())
+def check_size(args, corpus):
+    """Raises a `UserError` if a network is sure not to fit into the memory."""
+    count = model.count_weights(len(corpus.alphabet), args.units, args.layers)
     # Adam has two averages of each weight; the best epoch's weights are kept too; and a file of
     # these four is put together in memory.
-    numbers = 8 * weights
-    # Of each step the way back needs all gates and both states, and at the end one-hot
-    # characters and probabilities.
-    per_step = 6 * args.units * args.layers + 2 * len(corpus.alphabet)
-    numbers += batch_size * int(np.median(corpus.targets)) * per_step
     try:
         model.check_memory(
-            4 * numbers,
-            f"training {args.layers:,} layers of {args.units:,} units on batches of {batch_size:,}",
-            "lower --units, --layers or --batch_size",
+            4 * 8 * count,
+            f"training {args.layers:,} layers of {args.units:,} units",
+            "lower --units or --layers",
         )
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -1354,7 +1347,8 @@ def fit(args, metadata, corpus, training, held_out, source, teachers, earlier, g
             losses["val_loss"] = pass_over(evaluate, calls, title + ", validation", len(held_out))
         state = [np.asarray(variable) for variable in variables]
         numbers = all(np.isfinite(array).all() for array in state)
-        small = all(np.abs(weights).max() <= model.LARGEST for weights in network.get_weights())
+        weights = network.get_weights()
+        small = all(np.abs(array).max() <= model.LARGEST for array in weights)
         if not (all(map(math.isfinite, losses.values())) and numbers and small):
             raise UserError(
                 f"the loss of epoch {epoch + 1} is not a number any more, or the weights are not; "
@@ -1362,7 +1356,6 @@ def fit(args, metadata, corpus, training, held_out, source, teachers, earlier, g
                 f"{args.learning_rate}, in another --save_path or with --overwrite"
             )
         grown = {**history, **{name: [*history[name], loss] for name, loss in losses.items()}}
-        weights = network.get_weights()
         if epochs_since_best(grown) == 0:
             best = weights
 
@@ -1561,7 +1554,7 @@ def learn(args, group):
     check_teachers(args, loaded, corpus, metadata["data"])
     earlier = None if group.rank else find_earlier_run(args, metadata)
     training, held_out = split(corpus, args.validation_split)
-    check_size(args, corpus, min(args.batch_size, len(training)))
+    check_size(args, corpus)
     say(
         f"Read {len(corpus):,} sequences, {np.count_nonzero(corpus.rows):,} characters, "
         f"an alphabet of {len(corpus.alphabet) - 1:,}, from {args.sequence_path}"
@@ -1644,7 +1637,6 @@ def request_stop(signal_number, frame):
 def main(arguments=None):
     """Runs the command line."""
     model.open_streams()
-    model.catch_signals(request_stop)
     # A name in Japanese must not stop a night's training under LANG=C.
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     parser, args = parse_arguments(arguments)
@@ -1653,6 +1645,7 @@ def main(arguments=None):
             "--patience waits for a better validation loss, so it needs a "
             "--validation_split above 0"
         )
+    model.catch_signals(request_stop)
     try:
         run(args)
     except UserError as error:

@@ -532,7 +532,7 @@ def test_ctrl_c_before_the_first_result_leaves_the_old_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")  # to wait at
     command = [sys.executable, str(ROOT / "sample.py"), "--score", "pipe", "--output", "old.txt"]
     with on_terminal(command, cwd=tmp_path) as (terminal, process):
-        while not any(name.startswith("old.txt.") for name in os.listdir(tmp_path)):
+        while not any(name.startswith(".old.txt.") for name in os.listdir(tmp_path)):
             assert process.poll() is None
             time.sleep(0.01)
         time.sleep(0.2)
