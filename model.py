@@ -1422,7 +1422,7 @@ def _read_metadata(content):
 
 def _parse_metadata(text, file):
     try:
-        metadata = json.loads(text)
+        metadata = json.loads(text.decode())
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
