@@ -56,7 +56,8 @@ def check_file(folder):
     "flags",
     [
         [],
-        ["--units", 96, "--num_sequences", 290],  # not compiled by XLA, as the first is
+        # Not compiled by XLA, as the first is.
+        pytest.param(["--units", 96, "--num_sequences", 290], marks=pytest.mark.slow),
         pytest.param(
             ["--recurrent_dropout", 0.2, "--teachers", "teacher.h5"], marks=pytest.mark.slow
         ),

@@ -214,7 +214,7 @@ def test_unique_sequences_are_the_first_of_each_kind():
     assert list(dict.fromkeys(all_of_them))[:300] == unique
 
 
-@pytest.mark.parametrize("unique", [[], ["--unique"]])
+@pytest.mark.parametrize("unique", [[], pytest.param(["--unique"], marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("name", "header"),
     [("user_names_10000.csv", "user_name,packages\n"), ("english_words_5000.txt", "")],
@@ -473,6 +473,7 @@ def measure_memory(*arguments):
     return usage.ru_maxrss
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_count(tmp_path):
     arguments = ["--prompt", "", "--output", tmp_path / "words.txt", "--num_samples"]
     few, many = (measure_memory(*arguments, count) for count in (5_000, 100_000))
