@@ -1481,7 +1481,10 @@ def _read_array(file, name, dtype, shape, offset, largest):
     if offset + count * np.dtype(dtype).itemsize > _size(file):
         raise _ReadError(f"{name} claims more bytes than the file has")
     file.seek(offset)
-    array = np.fromfile(file, dtype, count).reshape(shape)
+    array = np.fromfile(file, dtype, count)
+    if array.size < count:
+        raise _ReadError("it became shorter while it was read")
+    array = array.reshape(shape)
     # A comparison with NaN is false.
     if count and not (-largest <= array.min().item() and array.max().item() <= largest):
         raise _ReadError(f"{name} holds what is no number, or beyond ±{largest:.3g}")

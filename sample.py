@@ -566,8 +566,9 @@ def converse(answer):
         try:
             prompt = ask("> ")
         except (EOFError, KeyboardInterrupt) as end:
-            print(file=sys.stderr)
-            if end.args in ((), (signal.SIGINT,)):
+            with contextlib.suppress(OSError):  # of a terminal that is closed
+                print(file=sys.stderr)
+            if isinstance(end, EOFError) or end.args == (signal.SIGINT,):
                 return
             raise
         try:

@@ -1,13 +1,16 @@
 """Both scripts in bad hours: signals, closed streams, other runs, and files of every kind."""
 
+import fcntl
 import os
 import pathlib
+import pty
 import re
 import resource
 import signal
 import stat
 import subprocess
 import sys
+import termios
 import time
 
 import numpy as np
@@ -103,6 +106,27 @@ def test_a_closed_terminal_ends_a_conversation():
 
 
 @pytest.mark.parametrize("script", ["sample.py", "train.py"])
+def test_a_vanished_terminal_leaves_no_process(folder, script):
+    flags = [str(flag) for flag in LONG] if script == "train.py" else []
+    master, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, ROOT / script, *flags],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        cwd=folder,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(terminal)
+    read_until(master, "Epoch 2/" if script == "train.py" else "> ")
+    os.close(master)
+    assert process.wait(60) == 129
+    if script == "train.py":
+        model.load(folder / "incognito_model.h5")
+
+
+@pytest.mark.parametrize("script", ["sample.py", "train.py"])
 @pytest.mark.parametrize("module", ["numpy", "h5py"])
 def test_ctrl_c_is_quiet_during_the_imports(tmp_path, script, module):
     process = subprocess.Popen(
@@ -182,6 +206,21 @@ def test_prompts_and_a_file_can_not_both_be_standard_input():
     process = run("sample.py", "--exclude", "/dev/stdin", "--prompt", "a", input="a\nb\n")
     assert process.returncode == 0
     assert "a" not in process.stdout.split("\n")
+
+
+def test_a_model_is_read_whatever_the_process_was_started_with(tmp_path):
+    def ignore():
+        for number in (signal.SIGCHLD, signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
+
+    for prepare in (ignore, limit):
+        process = run("sample.py", "--prompt", "a", "--num_samples", 2, preexec_fn=prepare)
+        assert process.returncode == 0, process.stderr
+        assert process.stdout.count("\n") == 2
 
 
 # Files
