@@ -70,8 +70,8 @@ class SequenceLoader:
                 except UnicodeDecodeError as error:
                     line = count + 1 + error.object.count(b"\n", 0, error.start)
                     raise ValueError(
-                        f"{self.path}, line {line}: not UTF-8 text; convert the file to UTF-8 "
-                        f"first. Received: byte {error.object[error.start]:#04x}."
+                        f"{self.path}, line {line}: not UTF-8 text; if the file is text, convert "
+                        f"it to UTF-8 first. Received: byte {error.object[error.start]:#04x}."
                     ) from None
                 before, nul, _ = text.partition("\0")
                 lines, end, rest = before.rpartition("\n")
@@ -80,7 +80,7 @@ class SequenceLoader:
                 if nul:
                     raise ValueError(
                         f"{self.path}, line {count + 1}: it holds a NUL, so this is not UTF-8 "
-                        "text; convert the file to UTF-8 first."
+                        "text; if the file is text, convert it to UTF-8 first."
                     )
                 if len(rest) > LONGEST_LINE:
                     raise ValueError(
@@ -180,8 +180,8 @@ class UserNameLoader(SequenceLoader):
         if "new-line character" in reason:
             return r"it has a carriage return outside quotes; end all lines by \n or \r\n"
         if "unexpected end" in reason or "no end" in reason or "field limit" in reason:
-            return f"{reason}; is there a quote that is never closed?"
-        return f"{reason}; write a quote within a quoted field twice"
+            return f"{reason}; look for a quote that is never closed"
+        return f"{reason}; close each quoted field, and write a quote within one twice"
 
 
 LOADERS = {loader.__name__: loader for loader in (SequenceLoader, VocabularyLoader, UserNameLoader)}

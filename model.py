@@ -1156,9 +1156,9 @@ def _open_locked(path):
         file = open(os.open(path, flags, 0o666), "rb")  # noqa: SIM115 - it outlives this
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except BlockingIOError as error:
             file.close()
-            raise
+            raise BlockingIOError(error.errno, "another process is writing it") from None
         except OSError:  # a file system without locks
             return file
         if _is_at(file, path):
@@ -1338,7 +1338,10 @@ def _search(file):
     except _ReadError as error:
         places, text = str(error), b""
     except (OSError, RuntimeError, TypeError, ValueError, LookupError) as error:
-        places, text = f"it is damaged, or no HDF5 file: {error}", b""
+        reason = str(error.args[0] if error.args else error)
+        places, text = f"it is damaged: {reason}", b""
+        if "signature not found" in reason:
+            places = "it is no HDF5 file"
     return json.dumps(places).encode() + b"\n" + text
 
 

@@ -861,7 +861,8 @@ def run(args):
         show_all(lines)
         return 0
     try:
-        count, stopped = write(args.output, watch(lines, total))
+        with model.locking(args.output):
+            count, stopped = write(args.output, watch(lines, total))
     except OSError as error:
         raise UserError(f"--output: can't write {args.output}: {error.strerror}") from None
     except KeyboardInterrupt:

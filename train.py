@@ -1605,13 +1605,24 @@ def learn(args, group):
         f"{args.save_path} holds epoch {kept}: {kind} {loss:.4f} nats per character, "
         f"perplexity {perplexity:.4g}"
     )
-    say(f"Sample from it: python sample.py --weights_path {shlex.quote(args.save_path)}")
+    say(f"Sample from it: python sample.py --weights_path {quote(args.save_path)}")
     group.done = True
 
 
 def say(text):
     """Prints a line that may hold the name of a file."""
     print(model.printable(text))
+
+
+def quote(path):
+    """Returns a str that a shell, and whoever copies it from a terminal, takes for a path."""
+    if model.printable(path) == path:
+        return shlex.quote(path)
+    escaped = [
+        chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}"
+        for byte in os.fsencode(path)
+    ]
+    return f"$'{''.join(escaped)}'"  # which bash, zsh and POSIX shells since 2024 know
 
 
 def explain_stop(args, history):
