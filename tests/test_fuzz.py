@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, run
 
 FUZZ = ROOT / "tests" / "fuzz"
-COUNTS = ["40", pytest.param("400", marks=pytest.mark.slow)]
+COUNTS = ["20", pytest.param("400", marks=pytest.mark.slow)]
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="watches files as Linux does")
 

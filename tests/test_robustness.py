@@ -105,7 +105,7 @@ def test_a_closed_terminal_ends_a_conversation():
         assert process.wait(60) == 129
 
 
-@pytest.mark.parametrize("script", ["sample.py", "train.py"])
+@pytest.mark.parametrize("script", ["sample.py", pytest.param("train.py", marks=pytest.mark.slow)])
 def test_a_vanished_terminal_leaves_no_process(folder, script):
     flags = [str(flag) for flag in LONG] if script == "train.py" else []
     master, terminal = pty.openpty()
@@ -258,6 +258,7 @@ def test_the_second_writer_of_results_is_told(tmp_path):
     assert (tmp_path / "new.txt").read_text().count("\n") == 2
 
 
+@pytest.mark.slow
 def test_files_with_names_like_those_of_helpers_are_left_alone(folder):
     for name in ("new.h5.tmp", "new.h5.lock", ".new.h5.lock", ".new.h5.mine.tmp"):
         (folder / name).write_text("precious")
@@ -317,6 +318,7 @@ def test_where_nothing_can_be_written_is_said_at_once(folder, script):
     assert f"{flag}: can't write new: No such file or directory" in process.stderr
 
 
+@pytest.mark.slow
 def test_a_link_to_nowhere_leads_to_a_new_file(folder):
     (folder / "link.h5").symlink_to("target.h5")
     process = run("train.py", *TINY, "--save_path", "link.h5", cwd=folder)
@@ -332,13 +334,12 @@ def test_names_of_files_can_not_steer_the_terminal(tmp_path):
     name = "\x1b]0;title\x07\x9b2J\u202e\udcff"
     os.rename(folder / "sequences.txt", folder / f"{name}.txt")
     flags = ["--sequence_path", f"{name}.txt", "--save_path", f"{name}.h5", "--log_dir", name]
-    for epochs in (1, 1):
-        command = [sys.executable, ROOT / "train.py", *TINY[:4], "--epochs", epochs, *flags]
-        with on_terminal([*map(str, command)], columns=200, cwd=folder) as (terminal, process):
-            shown = read_until(terminal, None)
-            assert process.wait(60) == 0
-        assert r"\x1b]0;title\x07\x9b2J\u202e\udcff.h5 " in shown
-        assert "".join(shown.split()).isprintable()
+    command = [sys.executable, ROOT / "train.py", *TINY, *flags]
+    with on_terminal([*map(str, command)], columns=200, cwd=folder) as (terminal, process):
+        shown = read_until(terminal, None)
+        assert process.wait(60) == 0
+    assert r"\x1b]0;title\x07\x9b2J\u202e\udcff.h5 " in shown
+    assert "".join(shown.split()).isprintable()
     assert (folder / name / "losses.csv").exists()
     command = re.search(r"--weights_path (\$'.*?')", shown)[1]
     found = subprocess.run(["bash", "-c", f"ls {command} | wc -l"], cwd=folder, capture_output=True)
@@ -535,7 +536,8 @@ def test_a_sequence_with_a_newline_is_one_line(tmp_path):
     assert [line.split("\t")[1] for line in process.stdout.splitlines()] == [r"a\na", "a"]
 
 
-@pytest.mark.parametrize("columns", [5, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1))])
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [0, 1, 5])
 def test_a_terminal_of_any_width_shows_progress_in_one_line(folder, columns):
     command = [sys.executable, ROOT / "train.py", *LONG[:4], "--epochs", "2"]
     with on_terminal([*map(str, command)], columns=columns, cwd=folder) as (terminal, process):

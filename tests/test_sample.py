@@ -185,6 +185,7 @@ def test_a_set_of_texts_is_a_set(monkeypatch):
     assert not any(text + "x" in ours for text in theirs)
 
 
+@pytest.mark.slow
 def test_a_million_texts_take_less_than_64_bytes_each_beyond_their_characters():
     words = list(itertools.islice(SequenceLoader(PRE_TRAINED / "english_words_5000.txt"), 100))
     words *= 10_000

@@ -459,7 +459,8 @@ LEARN = """
 """
 
 
-@pytest.mark.parametrize("batch_size", [192, 2])  # in parts, or of several lengths
+# In parts, or of several lengths.
+@pytest.mark.parametrize("batch_size", [192, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_it_learns_what_stock_keras_learns_from_the_same_batches(folder, backend, batch_size):
     import keras
@@ -554,13 +555,8 @@ def test_another_seed_or_epoch_is_another_order():
     assert len({order((0, 1)), order((0, 2)), order((1, 1)), order(None)}) == 4
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        pytest.param([], marks=pytest.mark.slow),
-        ["--batch_size", 128, "--recurrent_dropout", 0.2],
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--batch_size", 128, "--recurrent_dropout", 0.2]])
 def test_jax_trains_continues_and_is_read_by_all(folder, flags):
     jax = {**os.environ, "KERAS_BACKEND": "jax"}
     command = ["train.py", *SMALL, *flags, "--layers", 2]
