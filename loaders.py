@@ -64,6 +64,9 @@ class SequenceLoader:
         count, rest = 0, ""
         with open(self.path, "rb") as file:
             while True:
+                # The csv module would look for the end of a row until memory runs out.
+                if count - self.line > LONGEST_ROW:
+                    raise csv.Error(f"no end within {LONGEST_ROW:,} lines")
                 data = file.read1(2**14)
                 try:
                     text = rest + decode(data, final=not data)
@@ -155,7 +158,7 @@ class UserNameLoader(SequenceLoader):
 
     def _records(self):
         self.line, header = 0, True
-        reader = csv.reader(self._lines_of_rows(), strict=True)
+        reader = csv.reader(self._lines(), strict=True)
         try:
             for row in reader:
                 self.line = reader.line_num
@@ -167,13 +170,6 @@ class UserNameLoader(SequenceLoader):
             raise ValueError(
                 f"{self.path}, line {line}: not CSV from here on: {self._explain(str(error))}."
             ) from None
-
-    def _lines_of_rows(self):
-        # The csv module itself would look for the end of a row until memory runs out.
-        for number, line in enumerate(self._lines(), start=1):
-            if number - self.line > LONGEST_ROW:
-                raise csv.Error(f"no end within {LONGEST_ROW:,} lines")
-            yield line
 
     @staticmethod
     def _explain(reason):
