@@ -157,7 +157,7 @@ class UserNameLoader(SequenceLoader):
     empty = "holds no data row: after the header it needs a row with a first column"
 
     def _records(self):
-        self.line, header = 0, True
+        header = True
         reader = csv.reader(self._lines(), strict=True)
         try:
             for row in reader:

@@ -574,7 +574,7 @@ def converse(answer):
         try:
             answer(prompt)
         except ValueError as error:
-            print(model.printable(f"Sorry, {error}."), file=sys.stderr)
+            tell(f"Sorry, {error}.")
         except KeyboardInterrupt as stop:
             if stop.args != (signal.SIGINT,):
                 raise
@@ -626,8 +626,7 @@ def read_prompts():
     Raises:
         UserError: if it can't be read, or a line is too long to be a prompt.
     """
-    number = 0
-    while True:
+    for number in itertools.count(1):
         try:
             line = sys.stdin.readline(LONGEST_LINE)
         except OSError as error:
@@ -636,7 +635,6 @@ def read_prompts():
             ) from None
         if not line:
             return
-        number += 1
         if len(line) == LONGEST_LINE:
             raise UserError(
                 f"prompt {number} is longer than {LONGEST_LINE:,} characters; pass one a line"

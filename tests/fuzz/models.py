@@ -687,9 +687,10 @@ def run(arguments, follow):
             with contextlib.suppress(Exception):
                 sys.stderr.flush()
             os._exit(status)
-    with contextlib.closing(open_pidfd(child)) as ended:
-        if not select.select([ended], [], [], SECONDS)[0]:
-            os.kill(child, signal.SIGKILL)
+    ended = os.pidfd_open(child)  # which becomes readable then
+    if not select.select([ended], [], [], SECONDS)[0]:
+        os.kill(child, signal.SIGKILL)
+    os.close(ended)
     _, status, usage = os.wait4(child, 0)
     seconds = time.monotonic() - start
     outputs = []
@@ -700,19 +701,6 @@ def run(arguments, follow):
     out, err, lines = outputs
     status = None if seconds >= SECONDS else os.waitstatus_to_exitcode(status)
     return status, out, err, lines.split("\n"), seconds, usage.ru_maxrss * 1024
-
-
-class open_pidfd:
-    """A file descriptor that becomes readable when a process ends."""
-
-    def __init__(self, process):
-        self._fd = os.pidfd_open(process)
-
-    def fileno(self):
-        return self._fd
-
-    def close(self):
-        os.close(self._fd)
 
 
 def judge(arguments, status, out, err, seconds, memory, allowed):
