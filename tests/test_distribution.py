@@ -289,7 +289,7 @@ def test_a_group_that_lost_a_process_continues_to_the_same_bits(hosts, victim):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_host_that_falls_silent_is_not_waited_for_for_ever(hosts, victim):
-    processes = start(hosts[:2], [*SMALL, "--epochs", 100000])
+    processes = start(hosts[:2], [*SMALL, "--epochs", 50_000])
     wait_for(processes[0], "Epoch 2")
     processes[victim].send_signal(signal.SIGSTOP)
     try:
@@ -339,7 +339,7 @@ def test_process_0_alone_can_keep_a_log(hosts):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_ctrl_c_in_one_process_stops_them_all(hosts, victim):
-    processes = start(hosts[:2], [*SMALL, "--epochs", 100000])
+    processes = start(hosts[:2], [*SMALL, "--epochs", 50_000])
     wait_for(processes[0], "Epoch 2")
     processes[victim].send_signal(signal.SIGINT)
     check_others_end(processes, victim, 10)
