@@ -621,16 +621,16 @@ class SequenceModel:
             text: str, the beginning of a sequence; may be empty.
 
         Returns:
-            Tuple `(logits, state)`: a float32 array `(len(text) + 1, alphabet)`,
-            one row after each character read, and the `State` at the end, of
-            one row.
+            Tuple `(logits, state)`: what `step` gave for the last character,
+            and the `State` then, both of one row.
 
         Raises:
             ValueError: if `text` holds a character that the model can't read.
         """
         state = self.start()
-        ids = [0, *self.alphabet.encode(text)]
-        return np.concatenate([self.step(np.array([index]), state) for index in ids]), state
+        for index in (0, *self.alphabet.encode(text)):
+            logits = self.step(np.array([index]), state)
+        return logits, state
 
     def sample(
         self,
@@ -641,6 +641,7 @@ class SequenceModel:
         top_p=None,
         max_len=None,
         seed=None,
+        tick=None,
     ):
         """Invents sequences.
 
@@ -660,6 +661,9 @@ class SequenceModel:
                 `max_len` begins with the sequences of a smaller one. (Sums
                 are rounded a little differently in batches of another size;
                 that changes about one sequence in 100,000.)
+            tick: function that is called after each character of a batch of
+                sequences, for whoever waits for them. It is given what
+                `ProgressLine.show` takes.
 
         Returns:
             An iterator of str, each with the prompt.
@@ -676,15 +680,15 @@ class SequenceModel:
             distribution, temperature=temperature, top_k=top_k, top_p=top_p
         )
         return self._sample(
-            prompt, count, max_len - len(prompt), logits[-1:], state, distribute, key
+            prompt, count, max_len - len(prompt), logits, state, distribute, key, tick
         )
 
-    def _sample(self, prompt, count, steps, logits, state, distribute, key):
+    def _sample(self, prompt, count, steps, logits, state, distribute, key, tick):
         most, start = self.batch_size(steps), 0
         while count is None or start < count:
             # Without a count a few may be enough, so that the batches only grow.
             batch = min(most, max(start, 128) if count is None else count - start)
-            invented = self._finish(batch, start, steps, logits, state, distribute, key)
+            invented = self._finish(batch, start, steps, logits, state, distribute, key, tick)
             text = self.alphabet.decode(invented[invented > 0])
             end = 0
             for length in np.count_nonzero(invented, axis=1).tolist():
@@ -692,7 +696,7 @@ class SequenceModel:
                 yield prompt + text[begin:end]
             start += batch
 
-    def _finish(self, batch, start, steps, logits, state, distribute, key):
+    def _finish(self, batch, start, steps, logits, state, distribute, key, tick):
         first = np.zeros(batch, int)
         logits, state = logits[first], state.take(first)
         places = np.arange(batch)  # where each row's sequence stands among all of them
@@ -706,6 +710,8 @@ class SequenceModel:
             ids = _choose(distribute(logits), draws[places, step % DRAWS])
             invented[places, step] = ids
             length = step + 1
+            if tick:
+                tick(functools.partial(describe_length, length, steps))
             # The last rows that go on take the places of those that have ended.
             going_on = ids > 0
             left = np.count_nonzero(going_on)
@@ -949,7 +955,8 @@ class ProgressLine:
         self.terminal = stream.isatty()
         self.pause = 0.2 if self.terminal else seconds
         self.start = time.monotonic()
-        self.due = self.start + self.pause
+        # What is soon done shows nothing.
+        self.due = self.start + max(self.pause, 1)
         self.width = 0
         if self.terminal and title:
             self._draw(title)
@@ -972,12 +979,24 @@ class ProgressLine:
             self.width += 2  # and ^C
             self._draw("")
             print(end="\r", file=self.stream, flush=True)
+            self.width = 0
 
     def _draw(self, text):
         columns = os.get_terminal_size(self.stream.fileno()).columns or 80  # 0 if none knows
         text = text[: columns - 1]
         self.width = min(max(self.width, len(text)), columns - 1)
         print(end="\r" + text.ljust(self.width), file=self.stream, flush=True)
+
+
+def describe_length(length, longest, seconds):
+    """Returns a line, a str, about a batch of sequences after some time.
+
+    Args:
+        length: int, how many of their characters are done.
+        longest: int, how many they may become.
+        seconds: float, how long it took.
+    """
+    return f"character {length:,} of at most {longest:,} after {describe_time(seconds)}"
 
 
 def describe_progress(count, total, seconds):
@@ -989,11 +1008,12 @@ def describe_progress(count, total, seconds):
         seconds: float, how long it took.
     """
     rate = count / seconds
+    shown = f"{rate:,.{0 if rate >= 10 else 1}f} a second"
     if not total:
-        return f"{count:,} so far, {rate:,.0f} a second"
+        return f"{count:,} so far, {shown}"
     bar = "#" * (20 * count // total)
     left = describe_time((total - count) / rate)
-    return f"[{bar:-<20}] {count:,} of {total:,}, {rate:,.0f} a second, {left} left"
+    return f"[{bar:-<20}] {count:,} of {total:,}, {shown}, {left} left"
 
 
 def describe_time(seconds):
@@ -1232,7 +1252,7 @@ def load(path):
         ValueError: if it is not a model's file; the message says why.
     """
     with _open(path) as file:
-        metadata, offsets, _ = _find_arrays(file)
+        metadata, offsets = _find_arrays(file, _locate_weights)
         count = count_weights(len(metadata["alphabet"]), metadata["units"], metadata["layers"])
         # As they are in the file, and as they are computed with.
         check_memory(2 * 4 * count, f"the model in {path}", "name a smaller one")
@@ -1281,7 +1301,7 @@ def load_training_state(path):
     with _open(path) as file:
         return [
             _read_array(file, f"{TRAINING_STATE}/{index}", *array, sys.float_info.max)
-            for index, array in enumerate(_find_arrays(file)[2])
+            for index, array in enumerate(_find_arrays(file, _locate_training_state)[1])
         ]
 
 
@@ -1304,37 +1324,26 @@ class _ReadError(Exception):
     pass
 
 
-def _find_arrays(file):
+def _find_arrays(file, locate):
     # The HDF5 library was not made for files of strangers: at some of them its versions
     # crash, hang or take all memory. So it only says where in the file the arrays stand,
     # in a process of its own, and NumPy reads them there.
-    answer = _call_apart(functools.partial(_search, file))
+    answer = _call_apart(functools.partial(_search, file, locate))
     places, whole, text = answer.partition(b"\n")
     if not whole:
         raise _ReadError("the HDF5 library crashes at it, or takes too much time or memory")
     places = json.loads(places)
     if isinstance(places, str):
         raise _ReadError(printable(places))
-    return _parse_metadata(text, file), *places
+    return _parse_metadata(text, file), places
 
 
-def _search(file):
+def _search(file, locate):
     # Returns a line of JSON, where the arrays are or what is wrong, and then the metadata.
     try:
         with h5py.File(file, "r") as content:
             text = _read_metadata(content)
-            metadata = _parse_metadata(text, file)
-            offsets = [_locate(content, name, shape)[-1] for name, shape in _places(metadata)]
-            if len(content["model_weights"]) > metadata["layers"] + 1:
-                raise _ReadError(f"it holds more layers than the {metadata['layers']} it says")
-            state, budget = [], _size(file)
-            if content.get(TRAINING_STATE, getlink=True) is not None:
-                for index in range(len(_child(content, TRAINING_STATE))):
-                    state.append(_locate(content, f"{TRAINING_STATE}/{index}"))
-                    budget -= np.dtype(state[-1][0]).itemsize * math.prod(state[-1][1])
-                    if budget < 0:  # the same bytes can stand under many names
-                        raise _ReadError("its arrays claim more bytes than it has")
-            places = [offsets, state]
+            places = locate(content, _parse_metadata(text, file), _size(file))
     except _ReadError as error:
         places, text = str(error), b""
     except (OSError, RuntimeError, TypeError, ValueError, LookupError) as error:
@@ -1343,6 +1352,24 @@ def _search(file):
         if "signature not found" in reason:
             places = "it is no HDF5 file"
     return json.dumps(places).encode() + b"\n" + text
+
+
+def _locate_weights(content, metadata, size):
+    offsets = [_locate(content, name, shape)[-1] for name, shape in _places(metadata)]
+    if len(content["model_weights"]) > metadata["layers"] + 1:
+        raise _ReadError(f"it holds more layers than the {metadata['layers']} it says")
+    return offsets
+
+
+def _locate_training_state(content, metadata, size):
+    found = []
+    if content.get(TRAINING_STATE, getlink=True) is not None:
+        for index in range(len(_child(content, TRAINING_STATE))):
+            found.append(_locate(content, f"{TRAINING_STATE}/{index}"))
+            size -= np.dtype(found[-1][0]).itemsize * math.prod(found[-1][1])
+            if size < 0:  # the same bytes can stand under many names
+                raise _ReadError("its arrays claim more bytes than it has")
+    return found
 
 
 def _places(metadata):

@@ -28,7 +28,9 @@ ENGLISH_WORDS = (
     pathlib.Path(__file__).resolve().parent / "pre_trained_models" / "english_words_5000.h5"
 )
 PATIENCE = 20_000  # so many sequences in a row without a new one, and there are no more
-MEMORY = 2**30  # bytes that the search for the most likely sequences may take
+# Bytes that the search for the most likely sequences may take: some, more for each that is
+# wanted, but not more than so many.
+MEMORY = 2**26, 2**19, 2**30
 SCREENFUL = 1000  # sequences that are arranged together on a terminal
 
 EXAMPLE = """examples:
@@ -271,14 +273,19 @@ class Search:
         max_len: int, the longest sequence.
         distribute: function from logits to probabilities.
         exclude: container of str that are not wanted.
+        tick: None, or as in `SequenceModel.sample`.
     """
 
-    def __init__(self, trained, count, max_len, distribute, exclude):
+    def __init__(self, trained, count, max_len, distribute, exclude, tick=None):
         self.trained = trained
         self.count = count
         self.max_len = max_len
         self.distribute = distribute
         self.exclude = exclude
+        self.tick = tick
+        some, each, most = MEMORY
+        self.memory = min(some + each * count, most)
+        self.read = 0  # how many prefixes
         # Heaps: the least stands first, hence the signs.
         self.whole = []  # (-log-probability, sequence)
         self.best = []  # the log-probabilities of the `count` best sequences so far
@@ -354,14 +361,21 @@ class Search:
         symbols = self.trained.alphabet.symbols
         texts = [prefix.text + symbols[index] for index, prefix in zip(ids, prefixes)]
         self.add_followers(texts, np.array(values), logits, state)
+        self.read += len(chosen)
+        if self.tick:
+            self.tick(self.describe)
+
+    def describe(self, seconds):
+        """Returns a line, a str, about the search after some time."""
+        return f"{self.read:,} beginnings read after {model.describe_time(seconds)}"
 
     def fit(self, found):
-        """Lowers `count`, at most to `found`, until what is remembered fits into `MEMORY`."""
-        if self.size <= MEMORY:
+        """Lowers `count`, at most to `found`, until what is remembered fits into `memory`."""
+        if self.size <= self.memory:
             return
         self.prune()
         # With some room, so that it does not come to this again at once.
-        while self.size > 0.9 * MEMORY:
+        while self.size > 0.9 * self.memory:
             self.count = max(found, min(self.count // 2, len(self.best)))
             if self.count == found:
                 self.open = []  # no more can be proven
@@ -388,17 +402,18 @@ def most_likely(
     max_len=None,
     exclude=(),
     warn=warnings.warn,
+    tick=None,
 ):
     """Finds the most probable of all sequences that `SequenceModel.sample` can invent.
 
     Args:
         trained: `model.SequenceModel`.
-        prompt, temperature, top_k, top_p, max_len: as in its `sample`.
+        prompt, temperature, top_k, top_p, max_len, tick: as in its `sample`.
         count: int, how many.
         exclude: container of str that are not wanted.
         warn: function that is told, in a str, if there are fewer: if no
             other sequence is possible, or more prefixes would have to be
-            remembered than fit into `MEMORY` bytes.
+            remembered than fit into the bytes that `MEMORY` allows.
 
     Returns:
         An iterator of tuples `(probability, sequence)`, the best first. Each
@@ -413,11 +428,11 @@ def most_likely(
         model.distribution, temperature=temperature, top_k=top_k, top_p=top_p
     )
     logits, state = trained.read(prompt)
-    search = Search(trained, count, max_len, distribute, exclude)
+    search = Search(trained, count, max_len, distribute, exclude, tick)
     if len(prompt) == max_len:
         search.add(0.0, prompt)
     else:
-        search.add_followers([prompt], np.zeros(1), logits[-1:], state)
+        search.add_followers([prompt], np.zeros(1), logits, state)
     return _take_proven(search, warn)
 
 
@@ -430,7 +445,7 @@ def _take_proven(search, warn):
         if found == search.count:
             warn(
                 f"only {found:,} of {wanted:,} are proven to be the most likely: more would "
-                f"take over {MEMORY / 2**30:.3g} GiB of memory"
+                f"take over {search.memory / 2**20:,.0f} MiB of memory"
             )
             return
         if not search.whole:
@@ -440,7 +455,7 @@ def _take_proven(search, warn):
         yield math.exp(-value), text
 
 
-def score(trained, sequences, max_len=None):
+def score(trained, sequences, max_len=None, tick=None):
     """Rates sequences by how well the model predicts them.
 
     Each character and the end mark count. As in training, a sequence longer
@@ -451,6 +466,7 @@ def score(trained, sequences, max_len=None):
         sequences: iterable of str.
         max_len: int or None, how many characters of each to read; None is
             the model's.
+        tick: None, or as in `SequenceModel.sample`.
 
     Yields:
         Tuple `(sequence, nats, targets)`: a str; a float, its negative
@@ -460,10 +476,10 @@ def score(trained, sequences, max_len=None):
     max_len = max_len or trained.max_len
     iterator = iter(sequences)
     while block := list(itertools.islice(iterator, trained.batch_size(max_len))):
-        yield from zip(block, *_score(trained, block, max_len))
+        yield from zip(block, *_score(trained, block, max_len, tick))
 
 
-def _score(trained, texts, max_len):
+def _score(trained, texts, max_len, tick):
     rows = []
     for text in texts:
         try:
@@ -486,6 +502,8 @@ def _score(trained, texts, max_len):
         logits -= logits.max(axis=1, keepdims=True)
         likelihood = logits[np.arange(count), padded[:count, step + 1]]
         nats[:count] += np.log(np.exp(logits).sum(axis=1)) - likelihood
+        if tick:
+            tick(functools.partial(model.describe_length, step + 1, targets.max()))
     unsorted = np.empty_like(nats)
     unsorted[order] = nats
     return unsorted.tolist(), targets.tolist()
@@ -673,30 +691,57 @@ def write(path, lines):
     return count, stopped
 
 
-def watch(results, total=None):
-    """Passes results on and shows on stderr how many there are and how fast they come.
-
-    A terminal shows a bar, a log gets a line now and then.
+class Watch:
+    """Shows on stderr how far work is that takes long: a bar on a terminal, lines in a log.
 
     Args:
-        results: iterable.
-        total: int or None, how many are expected.
-
-    Yields:
-        What `results` yields.
+        beside: bool, whether the results go to the same terminal.
     """
-    shown = model.ProgressLine(sys.stderr, 10)
-    try:
-        for count, result in enumerate(results, start=1):
-            yield result
-            with contextlib.suppress(OSError):  # the work goes on if nobody watches any more
-                shown.show(functools.partial(model.describe_progress, count, total))
-    finally:
+
+    def __init__(self, beside):
+        self.beside = beside
+
+    def over(self, results, total=None):
+        """Passes results on.
+
+        Args:
+            results: iterable.
+            total: int or None, how many are expected.
+
+        Yields:
+            What `results` yields.
+        """
+        self.count, self.total = 0, total
+        self.shown = model.ProgressLine(sys.stderr, 8)  # seconds
+        try:
+            for result in results:
+                if self.beside:
+                    self.clear()
+                yield result
+                self.count += 1
+                self.tick()
+        finally:
+            self.clear()
+
+    def tick(self, describe=None):
+        """Shows how many results there are and how fast they come, if it is time to.
+
+        Args:
+            describe: function from the seconds so far to a str, what to show
+                before there is one.
+        """
+        if self.count:
+            describe = functools.partial(model.describe_progress, self.count, self.total)
+        with contextlib.suppress(OSError):  # the work goes on if nobody watches any more
+            self.shown.show(describe)
+
+    def clear(self):
+        """Takes what was shown away from the terminal."""
         with contextlib.suppress(OSError):
-            shown.clear()
+            self.shown.clear()
 
 
-def make_finder(args, trained, known, warn, escape):
+def make_finder(args, trained, known, warn, escape, tick):
     """Makes the function that answers a prompt as the command line asks.
 
     Args:
@@ -705,6 +750,7 @@ def make_finder(args, trained, known, warn, escape):
         known: `TextSet` of what must not be found.
         warn: function that is told, in a str, why there are fewer results.
         escape: function from a str to how it is to be shown.
+        tick: as in `SequenceModel.sample`.
 
     Returns:
         A function from a str to an iterator of str, the lines to show. It
@@ -719,11 +765,18 @@ def make_finder(args, trained, known, warn, escape):
 
         if args.most_likely is not None:
             found = most_likely(
-                trained, prompt, args.most_likely, **shaping, exclude=known, warn=warn_here
+                trained,
+                prompt,
+                args.most_likely,
+                **shaping,
+                exclude=known,
+                warn=warn_here,
+                tick=tick,
             )
             return (f"{probability:#.6g}\t{escape(text)}" for probability, text in found)
         picky = args.unique or args.exclude is not None
-        found = trained.sample(prompt, None if picky else args.num_samples, **shaping, seed=rng)
+        count = None if picky else args.num_samples
+        found = trained.sample(prompt, count, **shaping, seed=rng, tick=tick)
         if picky:
             found = pick_new(found, known, args.unique, args.num_samples, warn_here)
         return map(escape, found)
@@ -752,11 +805,12 @@ def find_for_lines(find, lines):
         raise UserError("no prompt came in; pass one, such as --prompt ''")
 
 
-def rate(args, trained, escape, tell):
+def rate(args, trained, escape, tell, tick):
     """Yields the lines of `--score` and at the end tells, in a str, what the mean is."""
     nats = targets = known = unknown = cut = 0
     max_len = args.max_len or trained.max_len
-    for text, value, count in score(trained, read_sequences("score", args.score), max_len):
+    sequences = read_sequences("score", args.score)
+    for text, value, count in score(trained, sequences, max_len, tick):
         yield f"{value / max(count, 1):.6f}\t{escape(text)}"
         if count:
             nats, targets, known = nats + value, targets + count, known + 1
@@ -826,27 +880,27 @@ def run(args):
     escape = model.printable if to_terminal else keep_to_one_line
     columns = to_terminal and args.most_likely is None and args.score is None
     notes = []
-    find = make_finder(args, trained, known, notes.append, escape)
+    watch = Watch(to_terminal)
+    find = make_finder(args, trained, known, notes.append, escape, watch.tick)
+    total = args.most_likely or args.num_samples
 
-    def show_all(lines):
-        show(lines, columns)
+    def show_all(lines, total=total):
+        show(watch.over(lines, total), columns)
         tell_notes()
 
     def tell_notes():
         while notes:
             tell(f"sample.py: {notes.pop(0)}")
 
-    total = None
     if args.score is not None:
-        lines = rate(args, trained, escape, notes.append)
+        lines, total = rate(args, trained, escape, notes.append, watch.tick), None
     elif args.prompt is not None or (args.output is not None and sys.stdin.isatty()):
         try:
             lines = find(args.prompt or "")
         except ValueError as error:
             raise UserError(f"--prompt: {error}") from None
-        total = args.most_likely or args.num_samples
     elif args.output is not None:
-        lines = find_for_lines(find, read_prompts())
+        lines, total = find_for_lines(find, read_prompts()), None
     elif sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - input() edits lines once it is imported
@@ -856,11 +910,11 @@ def run(args):
         return answer_lines(lambda prompt: show_all(find(prompt)), read_prompts())
 
     if args.output is None:
-        show_all(lines)
+        show_all(lines, total)
         return 0
     try:
         with model.locking(args.output):
-            count, stopped = write(args.output, watch(lines, total))
+            count, stopped = write(args.output, watch.over(lines, total))
     except OSError as error:
         raise UserError(f"--output: can't write {args.output}: {error.strerror}") from None
     except KeyboardInterrupt:

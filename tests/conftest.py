@@ -92,6 +92,14 @@ def random_model(alphabet, units=8, layers=2, max_len=6, seed=0, scale=1.0):
     return SequenceModel(Alphabet(alphabet), max_len, weights)
 
 
+def predict(trained, text):
+    """The distributions of a model after the sentinel and each character of a text, one a row."""
+    state = trained.start()
+    ids = [0, *trained.alphabet.encode(text)]
+    logits = [trained.step(np.array([index]), state) for index in ids]
+    return model.distribution(np.concatenate(logits))
+
+
 def enumerate_sequences(trained, prompt="", max_len=None, **shape):
     """Every sequence that a model can invent, with its probability, by brute force."""
     probabilities = {}

@@ -6,7 +6,7 @@ import os
 import h5py
 import numpy as np
 import pytest
-from conftest import PRE_TRAINED, enumerate_sequences, random_model
+from conftest import PRE_TRAINED, enumerate_sequences, predict, random_model
 
 import model
 from model import Alphabet
@@ -46,7 +46,7 @@ def test_the_loss_is_the_sum_over_characters_and_ends():
     numpy = model.SequenceModel(corpus.alphabet, 4, network.get_weights())
     expected = 0
     for text, count in (("abcd", 4), ("abcd", 5), ("b", 2)):
-        probabilities = model.distribution(numpy.read(text)[0])
+        probabilities = predict(numpy, text)
         ids = [*corpus.alphabet.encode(text), 0]
         expected -= sum(np.log(probabilities[step, ids[step]]) for step in range(count))
     for steps in (5, 9):
@@ -184,9 +184,7 @@ def assert_agrees_with_keras(keras, path):
         ids = [0, *ours.alphabet.encode(text)]
         one_hot = np.eye(len(ours.alphabet), dtype=np.float32)[ids]
         expected = network.predict(one_hot[None], verbose=0)[0]
-        np.testing.assert_allclose(
-            model.distribution(ours.read(text)[0]), expected, rtol=0, atol=1e-5
-        )
+        np.testing.assert_allclose(predict(ours, text), expected, rtol=0, atol=1e-5)
 
 
 def test_a_loaded_file_is_a_compiled_model_that_learns_on(stock_keras, trained):

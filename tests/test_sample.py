@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -298,14 +299,14 @@ def test_the_most_likely_can_exclude():
 def test_a_search_that_would_take_too_much_memory_stops_with_what_is_proven(monkeypatch):
     trained, _ = model.load(PRE_TRAINED / "user_names_10000.h5")
     expected = list(sample.most_likely(trained, count=150))
-    monkeypatch.setattr(sample, "MEMORY", 2**24)
+    monkeypatch.setattr(sample, "MEMORY", (2**24, 0, 2**24))
     notes = []
     proven = list(sample.most_likely(trained, count=150, warn=notes.append))
     assert 3 < len(proven) < 150
     assert [text for _, text in proven] == [text for _, text in expected[: len(proven)]]
     (note,) = notes
     assert note.startswith(f"only {len(proven)} of 150 are proven to be the most likely")
-    assert note.endswith("over 0.0156 GiB of memory")
+    assert note.endswith("over 16 MiB of memory")
 
 
 @pytest.mark.parametrize("bias", [0, -40])
@@ -313,7 +314,7 @@ def test_a_search_that_would_take_too_much_memory_stops_with_what_is_proven(monk
 def test_a_search_with_hardly_any_memory_ends(monkeypatch, bias, memory):
     trained = random_model("\nabcdefgh", max_len=60, scale=0.3)
     trained.weights[-1][0] += bias  # ends become unlikely
-    monkeypatch.setattr(sample, "MEMORY", memory)
+    monkeypatch.setattr(sample, "MEMORY", (memory, 0, memory))
     notes = []
     found = list(sample.most_likely(trained, count=1000, warn=notes.append))
     monkeypatch.undo()
@@ -548,13 +549,15 @@ def test_ctrl_c_before_the_first_result_leaves_the_old_file(tmp_path):
 def test_a_log_gets_lines(capsys, monkeypatch):
     moments = itertools.count(step=4)
     monkeypatch.setattr(model.time, "monotonic", lambda: next(moments))
-    assert list(sample.watch("abcdef", total=6)) == list("abcdef")
+    watch = sample.Watch(beside=False)
+    assert list(watch.over("abcdef", total=6)) == list("abcdef")
     assert capsys.readouterr().err == (
-        "[##########----------] 3 of 6, 0 a second, 0:00:12 left\n"
-        "[####################] 6 of 6, 0 a second, 0:00:00 left\n"
+        "[######--------------] 2 of 6, 0.2 a second, 0:00:16 left\n"
+        "[#############-------] 4 of 6, 0.2 a second, 0:00:08 left\n"
+        "[####################] 6 of 6, 0.2 a second, 0:00:00 left\n"
     )
-    list(sample.watch("abc"))
-    assert capsys.readouterr().err == "3 so far, 0 a second\n"
+    list(watch.over("abc"))
+    assert capsys.readouterr().err == "2 so far, 0.2 a second\n"
 
 
 # On a terminal
@@ -610,6 +613,53 @@ def test_ctrl_c_during_a_long_batch_returns_to_the_prompt():
         os.write(terminal, b"\x04")
         assert "Traceback" not in read_until(terminal, None)
         assert process.wait(60) == 0
+
+
+@pytest.fixture
+def endless(trained, tmp_path):
+    """A model whose sequences never end and may become as long as a file can say."""
+    path = tmp_path / "endless.h5"
+    path.write_bytes((trained[0] / "incognito_model.h5").read_bytes())
+    with h5py.File(path, "r+") as file:
+        metadata = json.loads(file.attrs[model.METADATA])
+        metadata["max_len"] = model.LIMITS["max_len"]
+        file.attrs[model.METADATA] = np.bytes_(json.dumps(metadata))
+        file["model_weights/next_character/bias"][0] = -1000
+    return path
+
+
+def test_a_long_answer_shows_how_far_it_is_and_stops_at_ctrl_c(endless):
+    for arguments, shown in (
+        ([], r"\rcharacter [\d,]+ of at most 65,536 after 0:00:0"),
+        (["--most_likely", 3000, "--temperature", 9], r"\r[\d,]+ beginnings read after 0:00:0"),
+    ):
+        with start("--weights_path", endless, *arguments) as (terminal, process):
+            read_until(terminal, "> ")
+            os.write(terminal, b"\n")
+            assert re.match(r"\r\n" + shown, read_until(terminal, " after 0:00:0"))
+            os.write(terminal, b"\x03")
+            assert read_until(terminal, "\r\n> ").endswith("\r\nStopped. Ctrl-D leaves.\r\n> ")
+            os.write(terminal, b"\x04")
+            read_until(terminal, None)
+            assert process.wait(60) == 0
+
+
+@pytest.mark.slow
+def test_long_work_is_never_silent_for_ten_seconds(endless):
+    command = [sys.executable, ROOT / "sample.py", "--weights_path", endless, "--prompt", ""]
+    with subprocess.Popen(
+        [*command, "--num_samples", "5000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        begin = time.monotonic()
+        line = process.stderr.readline()
+        assert re.fullmatch(r"character [\d,]+ of at most 65,536 after 0:00:08\n", line)
+        assert time.monotonic() - begin < 10
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=5) == ("", "")
+        assert process.returncode == 130
 
 
 def test_results_can_be_piped_while_prompts_are_typed(tmp_path):

@@ -16,6 +16,7 @@ from conftest import (
     PRE_TRAINED,
     ROOT,
     assert_one_line_error,
+    predict,
     random_model,
     run,
     write_sequences,
@@ -92,7 +93,7 @@ def test_the_loss_is_the_mean_over_characters_and_ends(trained):
     total = count = 0
     for row, complete in zip(corpus.rows[held_out], corpus.complete[held_out]):
         text = corpus.alphabet.decode(row[row > 0])
-        distribution = model.distribution(ours.read(text)[0])
+        distribution = predict(ours, text)
         targets = [*corpus.alphabet.encode(text)] + [0] * int(complete)
         total -= sum(np.log(distribution[step, target]) for step, target in enumerate(targets))
         count += len(targets)
@@ -141,8 +142,7 @@ def test_a_model_of_cut_sequences_learns_no_end(tmp_path):
     process = run("train.py", *SMALL, "--max_len", 10, "--epochs", 6, cwd=tmp_path)
     assert "Cut to 10 characters, because they were longer: 500 " in process.stdout
     ours, _ = model.load(tmp_path / "incognito_model.h5")
-    logits, _ = ours.read(lines[0])
-    assert model.distribution(logits)[:, 0].max() < 0.001
+    assert predict(ours, lines[0])[:, 0].max() < 0.001
     assert np.mean([len(text) == 10 for text in ours.sample(count=500)]) > 0.97
     result = run("sample.py", "--weights_path", "incognito_model.h5", "--prompt", "", cwd=tmp_path)
     assert max(map(len, result.stdout.split())) == 10
@@ -587,7 +587,7 @@ def test_jax_trains_continues_and_is_read_by_all(folder, flags):
     network = keras.models.load_model(folder / "whole.h5")
     ours, _ = model.load(folder / "whole.h5")
     inputs = np.eye(len(ours.alphabet), dtype=np.float32)[[0, *ours.alphabet.encode("kos")]]
-    expected = model.distribution(ours.read("kos")[0])
+    expected = predict(ours, "kos")
     np.testing.assert_allclose(network.predict(inputs[None], verbose=0)[0], expected, atol=1e-5)
     more = run(*command, "--epochs", 4, "--save_path", "whole.h5", cwd=folder)
     assert "Continuing whole.h5 after epoch 3" in more.stdout
@@ -616,8 +616,8 @@ def test_an_extended_model_gives_the_old_sequences_the_same_odds():
     extended = SequenceModel(corpus.alphabet, 6, network.get_weights())
     known = [corpus.alphabet.symbols.index(symbol) for symbol in source.alphabet.symbols]
     for text in ("", "b", "dcfb", "ffffff"):
-        before = model.distribution(source.read(text)[0])
-        after = model.distribution(extended.read(text)[0])
+        before = predict(source, text)
+        after = predict(extended, text)
         share = after[:, known].sum(axis=1, keepdims=True)
         np.testing.assert_allclose(after[:, known] / share, before, rtol=1e-5)
         assert (share < 1).all()
@@ -698,7 +698,7 @@ def test_a_model_learns_what_its_teachers_predict_together(tmp_path):
         if not text:  # no sequence is empty
             mean[0] = 0
             mean /= mean.sum()
-        ours = model.distribution(student.read(text)[0][-1])
+        ours = predict(student, text)[-1]
         divergence.append((mean * np.log(np.maximum(mean, 1e-9) / ours)).sum())
     assert max(divergence) < 0.05
     assert np.mean(divergence) < 0.005

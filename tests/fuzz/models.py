@@ -5,8 +5,9 @@
 Each input is a good file that was changed: some bytes, with or without mending HDF5's checksums
 over them, or some objects, through h5py. Each script reads it in a process of its own. The only
 outcomes allowed are a working sampler whose probabilities are numbers, and one line with exit
-status 2; in little time and memory, without opening another file. An input that takes the code
-somewhere new, or that brings out another message, is changed further.
+status 2; in little time and memory, without opening another file. A sampler that has much to do
+must say so in time and stop at Ctrl-C. An input that takes the code somewhere new, or that brings
+out another message, is changed further.
 
 What breaks the rule is written to `--keep`; those that once did are in `corpus/`.
 """
@@ -41,7 +42,7 @@ import model  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 
-SECONDS = 10  # the most that reading a file may take
+SECONDS = 10  # the most that reading a file may take, or inventing without a word
 MEMORY = 200 * 2**20  # the most bytes that it may take beyond the file's own size
 SETTINGS = {
     "max_len": 6,
@@ -524,6 +525,14 @@ def write_text(file, text):
     file.attrs[model.METADATA] = np.bytes_(text if isinstance(text, bytes) else text.encode())
 
 
+def make_endless(file, rng, canaries):
+    """Sequences that never end, and may become long."""
+    metadata = json.loads(file.attrs[model.METADATA])
+    metadata["max_len"] = int(2 ** rng.uniform(0, math.log2(model.LIMITS["max_len"])))
+    write_text(file, json.dumps(metadata))
+    file["model_weights/next_character/bias"][0] = -1000
+
+
 def change_configuration(file, rng, canaries):
     """Code where Keras would run it."""
     payload = pickle.dumps(Payload(str(canaries / "owned")))
@@ -568,6 +577,7 @@ CHANGES = [
         (change_attribute, 2),
         (change_metadata, 4),
         (change_text, 2),
+        (make_endless, 1),
         (change_configuration, 1),
         (nest, 1),
     )
@@ -614,6 +624,8 @@ class Watch:
         return False
 
 
+# What sample.py shows of work that takes long.
+PROGRESS = r"(?m)^(character|[\d,]+ (so far|beginnings)|\[[#-]{20}\]) .*\n"
 WAYS = {
     "prompt": lambda folder, path: ["sample.py", f"--weights_path={path}", "--prompt="],
     "search": lambda folder, path: [
@@ -621,7 +633,6 @@ WAYS = {
         f"--weights_path={path}",
         "--prompt=",
         "--most_likely=3",
-        "--max_len=1",
     ],
     "source": lambda folder, path: [
         "train.py",
@@ -642,8 +653,9 @@ def run(arguments, follow):
 
     Returns:
         Tuple `(status, stdout, stderr, lines, seconds, memory)`; the status
-        is that of `os.waitstatus_to_exitcode`, or None if it took too long,
-        and the memory is the largest resident set, in bytes.
+        is that of `os.waitstatus_to_exitcode`, or None if it did not stop at
+        Ctrl-C after it had taken too long, and the memory is the largest
+        resident set, in bytes.
     """
     streams = [tempfile.TemporaryFile() for _ in range(3)]  # noqa: SIM115
     start = time.monotonic()
@@ -657,7 +669,7 @@ def run(arguments, follow):
             sys.stdout = os.fdopen(1, "w", encoding="utf-8")
             sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace")
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            resource.setrlimit(resource.RLIMIT_CPU, (2 * SECONDS, 2 * SECONDS))
+            resource.setrlimit(resource.RLIMIT_CPU, (4 * SECONDS, 4 * SECONDS))
             lines = set()
             if follow:
                 files = {model.__file__, train.__file__}
@@ -688,8 +700,9 @@ def run(arguments, follow):
                 sys.stderr.flush()
             os._exit(status)
     ended = os.pidfd_open(child)  # which becomes readable then
-    if not select.select([ended], [], [], SECONDS)[0]:
-        os.kill(child, signal.SIGKILL)
+    for number in (signal.SIGINT, signal.SIGKILL):
+        if not select.select([ended], [], [], SECONDS)[0]:
+            os.kill(child, number)
     os.close(ended)
     _, status, usage = os.wait4(child, 0)
     seconds = time.monotonic() - start
@@ -699,14 +712,15 @@ def run(arguments, follow):
         outputs.append(stream.read(2**20).decode("utf-8", "backslashreplace"))
         stream.close()
     out, err, lines = outputs
-    status = None if seconds >= SECONDS else os.waitstatus_to_exitcode(status)
+    status = None if seconds >= 2 * SECONDS else os.waitstatus_to_exitcode(status)
     return status, out, err, lines.split("\n"), seconds, usage.ru_maxrss * 1024
 
 
 def judge(arguments, status, out, err, seconds, memory, allowed):
     """Returns the verdict, a str, on what a run of a script did."""
     script = arguments[0]
-    if status is None:
+    progress = script == "sample.py" and re.search(PROGRESS, err)
+    if status is None or (seconds >= SECONDS and not progress):
         return "WRONG: took too long"
     if status < 0:
         return f"WRONG: died of {signal.Signals(-status).name}"
@@ -721,6 +735,9 @@ def judge(arguments, status, out, err, seconds, memory, allowed):
         if not one_line or out or not err[:-1].isprintable():
             return "WRONG: an error that is not one line"
         return "works" if "no such file" in err else "refused"
+    err = re.sub(PROGRESS, "", err)
+    if status == 130 and seconds >= SECONDS:
+        return "WRONG: noise" if err else "works long"
     if status != 0:
         return f"WRONG: status {status}"
     if script == "train.py":
