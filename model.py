@@ -40,8 +40,8 @@ LONGEST = 64  # characters kept of a sequence unless the user says otherwise
 SECONDS, MEMORY = 5, 2**27  # what the HDF5 library may take to look through a file, and bytes
 BATCH = 2048  # sequences that are invented at a time: more would not fit the cache
 DRAWS = 32  # random numbers that are made at a time for each of them
-LIMITS = {"alphabet": 2**18, "max_len": 2**16, "units": 2**16, "layers": 2**8}  # the most of each
-LARGEST = 1e30  # a weight; sums of as many as there can be are still numbers
+LIMITS = {"alphabet": 2**18, "max_len": 2**16, "units": 2**16, "layers": 2**6}  # the most of each
+LARGEST = float(np.float32(1e30))  # a weight; sums of as many as there can be are still numbers
 METADATA = "sequence_model"  # the root attribute that holds what Keras has no place for
 METADATA_SIZE = 2**22  # its most bytes: JSON can take 30 times its size in memory
 TRAINING_STATE = "training_state"  # the group that holds what continuing needs
@@ -554,20 +554,28 @@ class SequenceModel:
         *lstm, self._kernel, self._bias = weights
         self._layers = []
         for index in range(0, len(lstm), 3):
-            kernel, recurrent_kernel, bias = map(self._by_gate, lstm[index : index + 3])
+            kernel, recurrent_kernel, bias = lstm[index : index + 3]
             if index == 0:
                 # A one-hot row times a matrix is a row of that matrix.
-                self._layers.append((recurrent_kernel, kernel + bias))
+                offsets = self._by_gate(kernel)
+                offsets += self._by_gate(bias)
+                self._layers.append((self._by_gate(recurrent_kernel), offsets))
             else:
-                self._layers.append((np.concatenate([kernel, recurrent_kernel], axis=1), bias))
+                self._layers.append((self._by_gate(kernel, recurrent_kernel), self._by_gate(bias)))
 
-    def _by_gate(self, weights):
+    def _by_gate(self, *weights):
         # Each gate's part becomes an array of its own, because NumPy is faster on whole
         # arrays than on columns; and those of the three sigmoids are halved, because
         # σ(x) = tanh(x / 2) / 2 + 1 / 2 then leaves one tanh to compute for all four.
-        gates = weights.reshape(-1, 4, len(self._kernel)).transpose(1, 0, 2)
-        i, f, g, o = gates
-        return np.stack([i * 0.5, f * 0.5, o * 0.5, g])
+        units = len(self._kernel)
+        parts = [array.reshape(-1, 4, units) for array in weights]
+        gates = np.empty((4, sum(map(len, parts)), units), np.float32)
+        start = 0
+        for part in parts:
+            rows = slice(start, start := start + len(part))
+            for gate, source in enumerate((0, 1, 3, 2)):  # i, f, o, g of i, f, g, o
+                np.multiply(part[:, source], 0.5 if gate < 3 else 1, out=gates[gate, rows])
+        return gates
 
     def start(self, rows=1):
         """Returns the `State` before anything is read, for so many sequences."""
@@ -614,11 +622,12 @@ class SequenceModel:
             np.multiply(o, np.tanh(cell, out=g), out=hidden[:, -units:])
         return hidden[:, -units:] @ self._kernel + self._bias
 
-    def read(self, text):
+    def read(self, text, tick=None):
         """Reads the sentinel and then a text.
 
         Args:
             text: str, the beginning of a sequence; may be empty.
+            tick: None, or as in `sample`.
 
         Returns:
             Tuple `(logits, state)`: what `step` gave for the last character,
@@ -628,8 +637,10 @@ class SequenceModel:
             ValueError: if `text` holds a character that the model can't read.
         """
         state = self.start()
-        for index in (0, *self.alphabet.encode(text)):
+        for length, index in enumerate((0, *self.alphabet.encode(text))):
             logits = self.step(np.array([index]), state)
+            if tick:
+                tick(functools.partial(describe_length, length, len(text)))
         return logits, state
 
     def sample(
@@ -673,17 +684,15 @@ class SequenceModel:
                 read or is longer than `max_len`.
         """
         max_len = max_len or self.max_len
-        self.check_length(prompt, max_len)
-        logits, state = self.read(prompt)
+        self.check_prompt(prompt, max_len)
         key = int(np.random.default_rng(seed).integers(2**63))
         distribute = functools.partial(
             distribution, temperature=temperature, top_k=top_k, top_p=top_p
         )
-        return self._sample(
-            prompt, count, max_len - len(prompt), logits, state, distribute, key, tick
-        )
+        return self._sample(prompt, count, max_len - len(prompt), distribute, key, tick)
 
-    def _sample(self, prompt, count, steps, logits, state, distribute, key, tick):
+    def _sample(self, prompt, count, steps, distribute, key, tick):
+        logits, state = self.read(prompt, tick)
         most, start = self.batch_size(steps), 0
         while count is None or start < count:
             # Without a count a few may be enough, so that the batches only grow.
@@ -735,8 +744,9 @@ class SequenceModel:
         sizes = 2**23 // (steps + 1), 2**21 // len(self.alphabet), 2**23 // (layers * units)
         return max(1, min(BATCH, *sizes))
 
-    def check_length(self, prompt, max_len):
-        """Raises a ValueError if a prompt, a str, is longer than a sequence may be."""
+    def check_prompt(self, prompt, max_len):
+        """Raises a ValueError if no sequence of at most `max_len` characters has this beginning."""
+        self.alphabet.encode(prompt)
         if len(prompt) > max_len:
             raise ValueError(
                 f"{len(prompt)} characters are more than the longest sequence has, {max_len}; "
@@ -1282,6 +1292,10 @@ def load_for(flag, path):
         raise UserError(
             f"{flag}: can't read {path}: {error.strerror}; name a model's file"
         ) from None
+    except MemoryError:
+        raise UserError(
+            f"{flag}: {path} takes more memory than there is; name a smaller model"
+        ) from None
     except ValueError as error:
         raise UserError(f"{flag}: {error}") from None
 
@@ -1364,8 +1378,16 @@ def _locate_weights(content, metadata, size):
 def _locate_training_state(content, metadata, size):
     found = []
     if content.get(TRAINING_STATE, getlink=True) is not None:
-        for index in range(len(_child(content, TRAINING_STATE))):
-            found.append(_locate(content, f"{TRAINING_STATE}/{index}"))
+        count = len(_child(content, TRAINING_STATE))
+        if count > 16 * (metadata["layers"] + 1):
+            raise _ReadError(
+                f"it holds more of a training state than {metadata['layers']} layers have"
+            )
+        for index in range(count):
+            name = f"{TRAINING_STATE}/{index}"
+            found.append(_locate(content, name))
+            if np.dtype(found[-1][0]).kind == "f" and np.dtype(found[-1][0]) != np.float32:
+                raise _ReadError(f"{name} should have dtype float32. Received: {found[-1][0]}")
             size -= np.dtype(found[-1][0]).itemsize * math.prod(found[-1][1])
             if size < 0:  # the same bytes can stand under many names
                 raise _ReadError("its arrays claim more bytes than it has")

@@ -31,7 +31,7 @@ PATIENCE = 20_000  # so many sequences in a row without a new one, and there are
 # Bytes that the search for the most likely sequences may take: some, more for each that is
 # wanted, but not more than so many.
 MEMORY = 2**26, 2**19, 2**30
-SCREENFUL = 1000  # sequences that are arranged together on a terminal
+SCREENFUL = 1000  # sequences that are arranged together on a terminal, if they are not long
 
 EXAMPLE = """examples:
   python sample.py --weights_path names.h5
@@ -259,6 +259,11 @@ class Prefix:
         return sum(array.nbytes for array in arrays) + 4 * len(self.text) + 1000
 
 
+def measure(text):
+    """Returns about how many bytes a whole sequence, a str, takes in a `Search`."""
+    return 200 + 4 * len(text)
+
+
 class Search:
     """A best-first search for the most probable sequences.
 
@@ -292,6 +297,7 @@ class Search:
         self.open = []  # (-log-probability, serial, rank, prefix): its rank-th follower
         self.serial = itertools.count()  # so that no prefixes are ever compared
         self.open_size = 0  # about the bytes that the open prefixes take
+        self.whole_size = 0  # and the whole sequences
 
     @property
     def floor(self):
@@ -301,12 +307,13 @@ class Search:
     @property
     def size(self):
         """About how many bytes all that is remembered takes, an int."""
-        return self.open_size + 200 * len(self.whole)
+        return self.open_size + self.whole_size
 
     def add(self, value, text):
         """Adds a whole sequence, a str, with its log-probability, a float."""
         if value > self.floor and text not in self.exclude:
             heapq.heappush(self.whole, (-value, text))
+            self.whole_size += measure(text)
             full = len(self.best) == self.count
             (heapq.heappushpop if full else heapq.heappush)(self.best, value)
 
@@ -390,6 +397,7 @@ class Search:
         heapq.heapify(self.open)
         heapq.heapify(self.whole)
         self.open_size = sum(prefix.size for *_, prefix in self.open)
+        self.whole_size = sum(measure(text) for _, text in self.whole)
 
 
 def most_likely(
@@ -423,20 +431,20 @@ def most_likely(
         ValueError: as `sample` does.
     """
     max_len = max_len or trained.max_len
-    trained.check_length(prompt, max_len)
+    trained.check_prompt(prompt, max_len)
     distribute = functools.partial(
         model.distribution, temperature=temperature, top_k=top_k, top_p=top_p
     )
-    logits, state = trained.read(prompt)
     search = Search(trained, count, max_len, distribute, exclude, tick)
-    if len(prompt) == max_len:
+    return _take_proven(search, prompt, warn)
+
+
+def _take_proven(search, prompt, warn):
+    if len(prompt) == search.max_len:
         search.add(0.0, prompt)
     else:
+        logits, state = search.trained.read(prompt, search.tick)
         search.add_followers([prompt], np.zeros(1), logits, state)
-    return _take_proven(search, warn)
-
-
-def _take_proven(search, warn):
     wanted = search.count
     for found in range(wanted):
         while search.open and (not search.whole or search.open[0][0] < search.whole[0][0]):
@@ -452,6 +460,7 @@ def _take_proven(search, warn):
             warn(f"no more than {found:,} sequences are possible, not {wanted:,}")
             return
         value, text = heapq.heappop(search.whole)
+        search.whole_size -= measure(text)
         yield math.exp(-value), text
 
 
@@ -517,13 +526,25 @@ def show(lines, columns):
         columns: bool, whether to arrange them in columns.
     """
     if columns:
-        iterator = iter(lines)
-        while block := list(itertools.islice(iterator, SCREENFUL)):
+        for block in take_screenfuls(lines):
             print(*arrange(block, shutil.get_terminal_size()[0]), sep="\n")
     else:
         for line in lines:
             sys.stdout.write(line + "\n")
     sys.stdout.flush()
+
+
+def take_screenfuls(lines):
+    """Yields lists of the lines that are to be arranged together."""
+    block, size = [], 0
+    for line in lines:
+        block.append(line)
+        size += len(line)
+        if len(block) == SCREENFUL or size > 80 * SCREENFUL:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
 
 
 def arrange(texts, width):

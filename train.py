@@ -289,6 +289,8 @@ def check_teachers(args, loaded, corpus, data):
                 f"--teachers: {path} learned sequences of at most {teacher.max_len} characters; "
                 f"pass --max_len {teacher.max_len}, or train it with --max_len {corpus.max_len}"
             )
+        if not model.distribution(teacher.read("")[0])[:, 1:].any():
+            raise UserError(f"--teachers: {path} invents only empty sequences; leave it out")
         if not args.validation_split:
             continue
         settings = found.get("settings")
@@ -297,7 +299,9 @@ def check_teachers(args, loaded, corpus, data):
         if found.get("data") != data:
             difference = "its data, --num_sequences or --max_len were others"
         elif share != args.validation_split:
-            difference = f"its --validation_split was {share!r}, not {args.validation_split!r}"
+            difference = (
+                f"its --validation_split was {reprlib.repr(share)}, not {args.validation_split!r}"
+            )
         if difference:
             raise UserError(
                 f"--teachers: {path} may have learned what is held out to validate: {difference}; "
@@ -605,12 +609,13 @@ def claim(args):
         yield
 
 
-def find_earlier_run(args, metadata):
+def find_earlier_run(args, metadata, validated):
     """Looks for a run to continue at `--save_path` and checks that it is this one.
 
     Args:
         args: the command line.
         metadata: this run's, from `describe`.
+        validated: bool, whether there is anything to validate with.
 
     Returns:
         Tuple `(history, weights, state)`: the losses so far, the best weights
@@ -633,7 +638,7 @@ def find_earlier_run(args, metadata):
         raise UserError(f"--save_path: {error}; {ways_out}") from None
     if difference:
         raise UserError(f"--save_path: {path} was trained with {difference}; {ways_out}")
-    if not (state and is_history(found.get("history"))):
+    if not (state and is_history(found.get("history"), validated)):
         raise UserError(
             f"--save_path: {path} holds a finished model without what continuing needs; {ways_out}"
         )
@@ -662,17 +667,25 @@ def find_difference(found, metadata):
     ):
         if metadata[name] != found.get(name):
             return difference
+    for name in ("alphabet", "max_len", "units", "layers"):
+        if metadata[name] != found[name]:
+            return f"other {name} than it says"
     return None
 
 
-def is_history(value):
-    """Tells whether a value from a file's metadata is a history of losses."""
+def is_history(value, validated):
+    """Tells whether a value from a file's metadata is a history of losses.
+
+    Args:
+        value: anything that JSON can hold.
+        validated: bool, whether there is a validation loss for each epoch.
+    """
     return (
         isinstance(value, dict)
         and list(value) == ["loss", "val_loss"]
         and all(isinstance(losses, list) for losses in value.values())
         and all(type(loss) is float for losses in value.values() for loss in losses)
-        and len(value["val_loss"]) in (0, len(value["loss"]))
+        and len(value["val_loss"]) == (len(value["loss"]) if validated else 0)
     )
 
 
@@ -1101,7 +1114,8 @@ def extend_weights(weights, alphabet, source):
     kernel, weights[0][known] = weights[0], kernel
     extended = np.zeros_like(weights[-2])
     extended[:, known] = dense
-    offsets = weights[-1] + np.log(np.exp(bias, dtype=np.float64).sum())
+    highest = bias.max().astype(np.float64)
+    offsets = weights[-1] + highest + np.log(np.exp(bias - highest).sum())
     offsets[known] = bias
     return [kernel, *lstm, extended, offsets.astype(np.float32)]
 
@@ -1552,8 +1566,8 @@ def learn(args, group):
     corpus = read_corpus(args, "".join(sorted(set(known))))
     metadata = describe(args, corpus, source, teachers)
     check_teachers(args, loaded, corpus, metadata["data"])
-    earlier = None if group.rank else find_earlier_run(args, metadata)
     training, held_out = split(corpus, args.validation_split)
+    earlier = None if group.rank else find_earlier_run(args, metadata, len(held_out) > 0)
     check_size(args, corpus)
     say(
         f"Read {len(corpus):,} sequences, {np.count_nonzero(corpus.rows):,} characters, "

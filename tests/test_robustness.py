@@ -1,6 +1,7 @@
 """Both scripts in bad hours: signals, closed streams, other runs, and files of every kind."""
 
 import fcntl
+import json
 import os
 import pathlib
 import pty
@@ -13,6 +14,7 @@ import sys
 import termios
 import time
 
+import h5py
 import numpy as np
 import pytest
 from build import on_terminal, read_until
@@ -403,9 +405,9 @@ def test_a_clock_that_jumps_changes_nothing(folder):
     ("flags", "named"),
     [
         (["--units", 65_536], "training 2 layers of 65,536 units"),
-        (["--units", 30_000, "--layers", 200], "training 200 layers of 30,000 units would take"),
+        (["--units", 30_000, "--layers", 60], "training 60 layers of 30,000 units would take"),
         (["--units", 1_048_576], "--units: not from 1 to 65536"),
-        (["--layers", 10**30], "--layers: not from 1 to 256"),
+        (["--layers", 10**30], "--layers: not from 1 to 64"),
         (["--max_len", 10**9], "--max_len: not from 1 to 65536"),
         (["--learning_rate", "nan"], "--learning_rate: not from"),
         (["--dropout", "inf"], "--dropout: not from"),
@@ -483,6 +485,48 @@ train.main(sys.argv[1:])
 
 
 @pytest.mark.slow
+def test_a_file_that_contradicts_itself_is_not_continued(folder):
+    command = ["train.py", *TINY, "--layers", 2, "--validation_split", 0.1]
+    assert run(*command, cwd=folder).returncode == 0
+    path = folder / "incognito_model.h5"
+    whole = path.read_bytes()
+
+    def say(**changes):
+        metadata = json.loads(file.attrs[model.METADATA])
+        file.attrs[model.METADATA] = np.bytes_(json.dumps({**metadata, **changes}))
+
+    def say_fewer_layers():
+        del file["model_weights/lstm_2"]
+        say(layers=1)
+
+    def change_type():
+        state = file[f"{model.TRAINING_STATE}/0"][()]
+        del file[f"{model.TRAINING_STATE}/0"]
+        file[f"{model.TRAINING_STATE}/0"] = state.astype("f8")
+
+    def repeat_state():
+        for index in range(100, 1000):
+            file[f"{model.TRAINING_STATE}/{index}"] = np.float32(0)
+
+    for change, reason in (
+        (lambda: say(max_len=5), "was trained with other max_len than it says"),
+        (say_fewer_layers, "was trained with other layers than it says"),
+        (lambda: say(history={"loss": [2.0], "val_loss": []}), "without what continuing needs"),
+        (change_type, "training_state/0 should have dtype float32. Received: <f8"),
+        (repeat_state, "it holds more of a training state than 2 layers have"),
+    ):
+        with h5py.File(path, "r+") as file:
+            change()
+        changed = path.read_bytes()
+        process = run(*command, "--epochs", 2, cwd=folder)
+        assert_one_line_error(process, "train.py")
+        assert "--save_path: incognito_model.h5" in process.stderr
+        assert reason in process.stderr
+        assert path.read_bytes() == changed
+        assert run("sample.py", "--weights_path", path, "--prompt", "", cwd=folder).returncode == 0
+        path.write_bytes(whole)
+
+
 def test_the_configuration_of_keras_can_not_surprise(folder):
     for content, status in (
         ('{"floatx": "float16"}', 0),

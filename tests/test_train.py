@@ -606,8 +606,10 @@ def test_a_backend_that_can_not_train_is_named_at_once(folder, backend):
 # Starting from a model
 
 
-def test_an_extended_model_gives_the_old_sequences_the_same_odds():
+@pytest.mark.parametrize("shift", [0, 800])  # exp(800) is no number
+def test_an_extended_model_gives_the_old_sequences_the_same_odds(shift):
     source = random_model("\nbcdf", units=8, layers=2, seed=5)
+    source.weights[-1][...] += shift
     corpus = model.encode(["abé", "fac", "éab"], characters="bcdf")
     assert corpus.alphabet.symbols == "\nabcdfé"
     arguments = ["--units", "8", "--layers", "2", "--seed", "3"]
@@ -744,8 +746,11 @@ def test_models_that_can_not_teach_are_named(finished):
         ("fewer.h5", texts[:200], []),
         ("short.h5", texts, ["--max_len", "5"]),
         ("all.h5", texts, ["--validation_split", "0"]),
+        ("silent.h5", texts, []),
     ]:
         taught = SequenceModel(teacher.alphabet, 5 if name == "short.h5" else 8, teacher.weights)
+        if name == "silent.h5":
+            taught.weights[-1][0] = 1e5
         save_teacher(finished / name, taught, learned, flags)
     (finished / "more.txt").write_text("\n".join([*texts, "täkö"]), encoding="utf-8")
     for flags, message in {
@@ -761,6 +766,7 @@ def test_models_that_can_not_teach_are_named(finished):
         ("short.h5",): "short.h5 learned sequences of at most 5 characters; pass --max_len 5",
         ("fewer.h5",): "fewer.h5 may have learned what is held out to validate: its data,",
         ("all.h5",): "held out to validate: its --validation_split was 0.0, not 0.1; train",
+        ("silent.h5",): "--teachers: silent.h5 invents only empty sequences; leave it out",
         (path, "--save_path", path): f"--save_path: {path} is the file of --teachers",
         (
             path,

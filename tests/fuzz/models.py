@@ -709,7 +709,7 @@ def run(arguments, follow):
     outputs = []
     for stream in streams:
         stream.seek(0)
-        outputs.append(stream.read(2**20).decode("utf-8", "backslashreplace"))
+        outputs.append(stream.read(2**24).decode("utf-8", "backslashreplace"))
         stream.close()
     out, err, lines = outputs
     status = None if seconds >= 2 * SECONDS else os.waitstatus_to_exitcode(status)
