@@ -30,7 +30,7 @@ ENGLISH_WORDS = (
 PATIENCE = 20_000  # so many sequences in a row without a new one, and there are no more
 # Bytes that the search for the most likely sequences may take: some, more for each that is
 # wanted, but not more than so many.
-MEMORY = 2**26, 2**19, 2**30
+MEMORY = 3 * 2**25, 2**19, 2**30
 SCREENFUL = 1000  # sequences that are arranged together on a terminal, if they are not long
 
 EXAMPLE = """examples:
@@ -327,10 +327,10 @@ class Search:
         """
         with np.errstate(divide="ignore"):  # the impossible becomes -inf
             values = np.log(self.distribute(logits)) + values[:, None]
-        order = np.argsort(-values, axis=1, kind="stable")
         for row, text in enumerate(texts):
             self.add(values[row, 0], text)
-            following = order[row][(values[row, order[row]] > self.floor) & (order[row] > 0)]
+            following = 1 + np.flatnonzero(values[row, 1:] > self.floor)
+            following = following[np.argsort(-values[row, following], kind="stable")]
             if len(text) + 1 < self.max_len:
                 prefix = Prefix(text, state.take([row]), following, values[row, following])
                 if self.push(0, prefix):

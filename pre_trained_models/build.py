@@ -486,8 +486,9 @@ def draw_next_characters(name, target):
     shown = 6
     figure, axes = pyplot.subplots(1, len(ALONG), figsize=(12, 3.2), layout="constrained")
     for axis, word in zip(axes, ALONG):
-        probabilities = model.distribution(trained.read(word)[0])
-        best = probabilities.argsort(axis=1)[:, ::-1][:, :shown]
+        read = [trained.read(word[:end])[0][0] for end in range(len(word) + 1)]
+        probabilities = list(map(model.distribution, read))
+        best = [row.argsort()[::-1][:shown] for row in probabilities]
         shades = [row[ids] for row, ids in zip(probabilities, best)]
         axis.imshow(list(zip(*shades)), cmap="Greys", vmin=0, vmax=1)
         for step, ids in enumerate(best):

@@ -94,10 +94,8 @@ def random_model(alphabet, units=8, layers=2, max_len=6, seed=0, scale=1.0):
 
 def predict(trained, text):
     """The distributions of a model after the sentinel and each character of a text, one a row."""
-    state = trained.start()
-    ids = [0, *trained.alphabet.encode(text)]
-    logits = [trained.step(np.array([index]), state) for index in ids]
-    return model.distribution(np.concatenate(logits))
+    logits = [trained.read(text[:end])[0][0] for end in range(len(text) + 1)]
+    return model.distribution(np.array(logits))
 
 
 def enumerate_sequences(trained, prompt="", max_len=None, **shape):

@@ -117,23 +117,33 @@ def assert_same_run(path, other):
     assert len(first["val_loss"]) == len(first["loss"]) > 0
 
 
-@pytest.mark.parametrize(
+FLAGS = pytest.mark.parametrize(
     "flags",
     [
         SMALL,
-        pytest.param(["--epochs", 10, "--num_sequences", 25], marks=pytest.mark.slow),
-        pytest.param(["--epochs", 25, "--batch_size", 130, "--units", 8], marks=pytest.mark.slow),
-        pytest.param([*SMALL, "--teachers", "teacher.h5"], marks=pytest.mark.slow),
+        ["--epochs", 10, "--num_sequences", 25],
+        ["--epochs", 25, "--batch_size", 130, "--units", 8],
+        [*SMALL, "--teachers", "teacher.h5"],
     ],
     ids=["uneven batches", "less than a batch", "batches in parts", "a teacher"],
 )
-def test_a_group_and_many_devices_learn_what_one_process_does(hosts, flags):
+
+
+def learn_in_one_process(hosts, flags):
+    """Lets one process learn `one.h5`, after it has made the teacher that the flags name."""
     for folder in hosts if "--teachers" in flags else []:
         assert (
             run("train.py", "--epochs", 1, "--save_path", "teacher.h5", cwd=folder).returncode == 0
         )
     one = run("train.py", *flags, "--save_path", "one.h5", cwd=hosts[0], env=JAX)
     assert one.returncode == 0, one.stderr
+    return one
+
+
+@pytest.mark.slow
+@FLAGS
+def test_a_group_learns_what_one_process_does(hosts, flags):
+    one = learn_in_one_process(hosts, flags)
     path = hosts[0] / "incognito_model.h5"
 
     before = sorted(os.listdir(hosts[1]))
@@ -148,6 +158,11 @@ def test_a_group_and_many_devices_learn_what_one_process_does(hosts, flags):
     assert re.fullmatch(r"Process 1 of 2; they meet at 127.0.0.1:\d+\n", others)
     assert sorted(os.listdir(hosts[1])) == before
 
+
+@pytest.mark.slow
+@FLAGS
+def test_many_devices_learn_what_one_process_does(hosts, flags):
+    learn_in_one_process(hosts, flags)
     command = ["train.py", "--distribute", *flags]
     many = run(*command, "--save_path", "many.h5", cwd=hosts[0], env=FOUR_DEVICES)
     assert many.returncode == 0, many.stderr

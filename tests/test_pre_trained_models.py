@@ -24,6 +24,7 @@ def test_a_shipped_model_is_small_and_freed_of_what_continuing_needs(name):
     assert trained.alphabet.sentinel == ("\n" if "names" in name else " ")
 
 
+@pytest.mark.slow
 def test_the_card_says_what_the_shipped_files_give():
     process = subprocess.run(
         [sys.executable, PRE_TRAINED / "build.py", "--check"], capture_output=True, text=True

@@ -150,10 +150,8 @@ def test_ctrl_c_is_quiet_during_the_imports(tmp_path, script, module):
 # Streams
 
 
-CLOSED = [pytest.param(each, marks=pytest.mark.slow) for each in ("<&-", ">&-", "2>&-")]
-
-
-@pytest.mark.parametrize("closed", [*CLOSED, "<&- >&- 2>&-"])
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_as_good_as_none(folder, closed):
     for script, flags, made in (
         ("sample.py", "--prompt a --num_samples 3", None),
@@ -329,6 +327,7 @@ def test_a_link_to_nowhere_leads_to_a_new_file(folder):
     assert (folder / "link.h5").is_symlink()
 
 
+@pytest.mark.slow
 def test_names_of_files_can_not_steer_the_terminal(tmp_path):
     folder = tmp_path / "naïve 名前 with spaces"
     folder.mkdir()
@@ -527,6 +526,7 @@ def test_a_file_that_contradicts_itself_is_not_continued(folder):
         path.write_bytes(whole)
 
 
+@pytest.mark.slow
 def test_the_configuration_of_keras_can_not_surprise(folder):
     for content, status in (
         ('{"floatx": "float16"}', 0),

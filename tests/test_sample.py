@@ -297,16 +297,16 @@ def test_the_most_likely_can_exclude():
 
 
 def test_a_search_that_would_take_too_much_memory_stops_with_what_is_proven(monkeypatch):
-    trained, _ = model.load(PRE_TRAINED / "user_names_10000.h5")
+    trained, _ = model.load(PRE_TRAINED / "english_words_5000.h5")
     expected = list(sample.most_likely(trained, count=150))
-    monkeypatch.setattr(sample, "MEMORY", (2**24, 0, 2**24))
+    monkeypatch.setattr(sample, "MEMORY", (2**22, 0, 2**22))
     notes = []
     proven = list(sample.most_likely(trained, count=150, warn=notes.append))
     assert 3 < len(proven) < 150
     assert [text for _, text in proven] == [text for _, text in expected[: len(proven)]]
     (note,) = notes
     assert note.startswith(f"only {len(proven)} of 150 are proven to be the most likely")
-    assert note.endswith("over 16 MiB of memory")
+    assert note.endswith("over 4 MiB of memory")
 
 
 @pytest.mark.parametrize("bias", [0, -40])
@@ -344,6 +344,7 @@ def test_the_most_likely_obey_the_other_flags(tmp_path):
     assert found == [text for text in texts if text not in texts[::2]]
 
 
+@pytest.mark.slow
 def test_the_most_likely_of_the_command_line_are_often_drawn():
     process = run(*WORDS, "--prompt", "th", "--most_likely", 20)
     assert process.returncode == 0
@@ -381,7 +382,11 @@ def evaluate_in_keras(path, texts, max_len):
 
 @pytest.mark.parametrize(
     ("name", "max_len"),
-    [("english_words_5000.h5", None), ("user_names_10000.h5", None), ("user_names_10000.h5", 7)],
+    [
+        pytest.param("english_words_5000.h5", None, marks=pytest.mark.slow),
+        pytest.param("user_names_10000.h5", None, marks=pytest.mark.slow),
+        ("user_names_10000.h5", 7),
+    ],
 )
 def test_scores_agree_with_keras(tmp_path, name, max_len):
     trained, _ = model.load(PRE_TRAINED / name)

@@ -155,7 +155,11 @@ SCRIPTS = "さくら\n山田太郎\nمحمد\nفاطمة\nZoë\nČeněk\n😀�
     ("loader", "content"),
     [
         ("SequenceLoader", "\ufeff\n" + SCRIPTS.replace("\n", "\r\n\r\n")),
-        ("UserNameLoader", 'name,n\n"Doe, J",1\n"two\nlines",2\n' + SCRIPTS),
+        pytest.param(
+            "UserNameLoader",
+            'name,n\n"Doe, J",1\n"two\nlines",2\n' + SCRIPTS,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_any_script_can_be_learned_and_invented(tmp_path, loader, content):
@@ -366,6 +370,7 @@ def test_a_loss_that_is_no_number_stops_with_a_line_and_keeps_the_file(finished)
     assert (finished / "incognito_model.h5").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_pipe_that_closes_stops_the_run_with_a_line(folder):
     command = [sys.executable, ROOT / "train.py", *map(str, SMALL), "--epochs", "1000"]
     process = subprocess.Popen(
@@ -382,6 +387,7 @@ def test_a_pipe_that_closes_stops_the_run_with_a_line(folder):
     assert len(model.load(folder / "incognito_model.h5")[1]["history"]["loss"]) >= 1
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_over_does_not_promise_to_continue(finished):
     before = (finished / "incognito_model.h5").read_bytes()
     command = [sys.executable, ROOT / "train.py", *map(str, SMALL), "--overwrite"]
@@ -461,7 +467,7 @@ LEARN = """
 
 # In parts, or of several lengths.
 @pytest.mark.parametrize("batch_size", [192, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+@pytest.mark.parametrize("backend", ["tensorflow", pytest.param("jax", marks=pytest.mark.slow)])
 def test_it_learns_what_stock_keras_learns_from_the_same_batches(folder, backend, batch_size):
     import keras
 
