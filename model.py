@@ -37,7 +37,7 @@ except ImportError:  # on Windows
 
 FORMAT = 1
 LONGEST = 64  # characters kept of a sequence unless the user says otherwise
-SECONDS, MEMORY = 5, 2**27  # what the HDF5 library may take to look through a file, and bytes
+SECONDS, MEMORY = 2, 2**27  # what the HDF5 library may take to look through a file, and bytes
 BATCH = 2048  # sequences that are invented at a time: more would not fit the cache
 DRAWS = 32  # random numbers that are made at a time for each of them
 LIMITS = {"alphabet": 2**18, "max_len": 2**16, "units": 2**16, "layers": 2**6}  # the most of each
@@ -640,7 +640,7 @@ class SequenceModel:
         for length, index in enumerate((0, *self.alphabet.encode(text))):
             logits = self.step(np.array([index]), state)
             if tick:
-                tick(functools.partial(describe_length, length, len(text)))
+                tick(functools.partial(describe_prompt, length, len(text)))
         return logits, state
 
     def sample(
@@ -672,9 +672,9 @@ class SequenceModel:
                 `max_len` begins with the sequences of a smaller one. (Sums
                 are rounded a little differently in batches of another size;
                 that changes about one sequence in 100,000.)
-            tick: function that is called after each character of a batch of
-                sequences, for whoever waits for them. It is given what
-                `ProgressLine.show` takes.
+            tick: None, or a function that is called after each character of
+                a batch of sequences, for whoever waits for them. It is given
+                a function that returns how far the batch is, a str.
 
         Returns:
             An iterator of str, each with the prompt.
@@ -957,16 +957,17 @@ class ProgressLine:
     Args:
         stream: text file.
         seconds: float, how long a log waits for the next line.
-        title: str, what a terminal shows until then.
+        title: str, what a terminal shows until there is more to show.
+        terminal: bool, whether to treat a terminal as one, not as a log.
     """
 
-    def __init__(self, stream, seconds, title=""):
+    def __init__(self, stream, seconds, title="", terminal=True):
         self.stream = stream
-        self.terminal = stream.isatty()
+        self.terminal = terminal and stream.isatty()
         self.pause = 0.2 if self.terminal else seconds
         self.start = time.monotonic()
-        # What is soon done shows nothing.
-        self.due = self.start + max(self.pause, 1)
+        # Nothing shows of what is soon done, unless it has a title.
+        self.due = self.start + (self.pause if title else max(self.pause, 1))
         self.width = 0
         if self.terminal and title:
             self._draw(title)
@@ -998,15 +999,19 @@ class ProgressLine:
         print(end="\r" + text.ljust(self.width), file=self.stream, flush=True)
 
 
-def describe_length(length, longest, seconds):
-    """Returns a line, a str, about a batch of sequences after some time.
+def describe_prompt(length, whole):
+    """Returns a line, a str, about a prompt of which so many characters are read."""
+    return f"{length:,} of the prompt's {whole:,} characters"
+
+
+def describe_length(length, longest):
+    """Returns a line, a str, about a batch of sequences.
 
     Args:
         length: int, how many of their characters are done.
         longest: int, how many they may become.
-        seconds: float, how long it took.
     """
-    return f"character {length:,} of at most {longest:,} after {describe_time(seconds)}"
+    return f"character {length:,} of at most {longest:,}"
 
 
 def describe_progress(count, total, seconds):
@@ -1384,10 +1389,7 @@ def _locate_training_state(content, metadata, size):
                 f"it holds more of a training state than {metadata['layers']} layers have"
             )
         for index in range(count):
-            name = f"{TRAINING_STATE}/{index}"
-            found.append(_locate(content, name))
-            if np.dtype(found[-1][0]).kind == "f" and np.dtype(found[-1][0]) != np.float32:
-                raise _ReadError(f"{name} should have dtype float32. Received: {found[-1][0]}")
+            found.append(_locate(content, f"{TRAINING_STATE}/{index}"))
             size -= np.dtype(found[-1][0]).itemsize * math.prod(found[-1][1])
             if size < 0:  # the same bytes can stand under many names
                 raise _ReadError("its arrays claim more bytes than it has")

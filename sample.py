@@ -14,7 +14,9 @@ import math
 import os
 import pathlib
 import shutil
+import stat
 import sys
+import time
 import unicodedata
 import warnings
 
@@ -28,9 +30,9 @@ ENGLISH_WORDS = (
     pathlib.Path(__file__).resolve().parent / "pre_trained_models" / "english_words_5000.h5"
 )
 PATIENCE = 20_000  # so many sequences in a row without a new one, and there are no more
-# Bytes that the search for the most likely sequences may take: some, more for each that is
-# wanted, but not more than so many.
-MEMORY = 3 * 2**25, 2**19, 2**30
+# Bytes that the search for the most likely sequences may take: for any search, more for each
+# sequence that is wanted, and the most of both together.
+SEARCH_MEMORY = 3 * 2**25, 2**19, 2**30
 SCREENFUL = 1000  # sequences that are arranged together on a terminal, if they are not long
 
 EXAMPLE = """examples:
@@ -288,9 +290,9 @@ class Search:
         self.distribute = distribute
         self.exclude = exclude
         self.tick = tick
-        some, each, most = MEMORY
-        self.memory = min(some + each * count, most)
-        self.read = 0  # how many prefixes
+        base, each, most = SEARCH_MEMORY
+        self.memory = min(base + each * count, most)
+        self.prefixes_read = 0
         # Heaps: the least stands first, hence the signs.
         self.whole = []  # (-log-probability, sequence)
         self.best = []  # the log-probabilities of the `count` best sequences so far
@@ -368,13 +370,13 @@ class Search:
         symbols = self.trained.alphabet.symbols
         texts = [prefix.text + symbols[index] for index, prefix in zip(ids, prefixes)]
         self.add_followers(texts, np.array(values), logits, state)
-        self.read += len(chosen)
+        self.prefixes_read += len(chosen)
         if self.tick:
             self.tick(self.describe)
 
-    def describe(self, seconds):
-        """Returns a line, a str, about the search after some time."""
-        return f"{self.read:,} beginnings read after {model.describe_time(seconds)}"
+    def describe(self):
+        """Returns a line, a str, about how far the search is."""
+        return f"{self.prefixes_read:,} beginnings looked through"
 
     def fit(self, found):
         """Lowers `count`, at most to `found`, until what is remembered fits into `memory`."""
@@ -421,7 +423,7 @@ def most_likely(
         exclude: container of str that are not wanted.
         warn: function that is told, in a str, if there are fewer: if no
             other sequence is possible, or more prefixes would have to be
-            remembered than fit into the bytes that `MEMORY` allows.
+            remembered than fit into the bytes that `SEARCH_MEMORY` allows.
 
     Returns:
         An iterator of tuples `(probability, sequence)`, the best first. Each
@@ -453,7 +455,8 @@ def _take_proven(search, prompt, warn):
         if found == search.count:
             warn(
                 f"only {found:,} of {wanted:,} are proven to be the most likely: more would "
-                f"take over {search.memory / 2**20:,.0f} MiB of memory"
+                f"take over {search.memory / 2**20:,.0f} MiB of memory; a longer --prompt, a lower "
+                "--temperature or --top_k take less"
             )
             return
         if not search.whole:
@@ -717,44 +720,57 @@ class Watch:
 
     Args:
         beside: bool, whether the results go to the same terminal.
+        redraw: bool, whether a line on a terminal can be drawn anew.
     """
 
-    def __init__(self, beside):
+    def __init__(self, beside, redraw):
         self.beside = beside
+        self.redraw = redraw
+        self.start()
 
-    def over(self, results, total=None):
-        """Passes results on.
+    def start(self, total=None):
+        """Begins to count and to wait.
 
         Args:
-            results: iterable.
-            total: int or None, how many are expected.
-
-        Yields:
-            What `results` yields.
+            total: int or None, how many results are expected.
         """
         self.count, self.total = 0, total
-        self.shown = model.ProgressLine(sys.stderr, 8)  # seconds
+        self.reached = 0.0  # the seconds after which there were so many
+        self.shown = model.ProgressLine(sys.stderr, 8, terminal=self.redraw)  # seconds
+
+    def over(self, results):
+        """Yields what an iterable does, and counts it."""
         try:
             for result in results:
                 if self.beside:
                     self.clear()
                 yield result
                 self.count += 1
+                self.reached = time.monotonic() - self.shown.start
                 self.tick()
         finally:
             self.clear()
 
     def tick(self, describe=None):
-        """Shows how many results there are and how fast they come, if it is time to.
+        """Shows how far the work is, if it is time to.
 
         Args:
-            describe: function from the seconds so far to a str, what to show
-                before there is one.
+            describe: None, or a function that returns how far the next result
+                is, a str.
         """
-        if self.count:
-            describe = functools.partial(model.describe_progress, self.count, self.total)
         with contextlib.suppress(OSError):  # the work goes on if nobody watches any more
-            self.shown.show(describe)
+            self.shown.show(functools.partial(self.describe, describe))
+
+    def describe(self, describe, seconds):
+        """Returns the line to show, a str, after so many seconds."""
+        if self.count:
+            shown = model.describe_progress(self.count, self.total, self.reached)
+        else:
+            shown = f"0 of {self.total:,}" if self.total else "0 so far"
+        # One that soon comes needs no words.
+        if describe and seconds - self.reached > 2:
+            shown += f"; {describe()} after {model.describe_time(seconds)}"
+        return shown
 
     def clear(self):
         """Takes what was shown away from the terminal."""
@@ -868,6 +884,12 @@ def read_sequences(flag, path):
         raise UserError(f"--{flag}: {error}") from None
 
 
+def is_pipe(stream):
+    """Tells whether a text file is a pipe or a socket."""
+    mode = os.fstat(stream.fileno()).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
 def run(args):
     """Does what the command line asks for.
 
@@ -901,12 +923,19 @@ def run(args):
     escape = model.printable if to_terminal else keep_to_one_line
     columns = to_terminal and args.most_likely is None and args.score is None
     notes = []
-    watch = Watch(to_terminal)
+    # What a pipe holds may come to the same terminal at any time.
+    watch = Watch(to_terminal, redraw=args.output is not None or not is_pipe(sys.stdout))
     find = make_finder(args, trained, known, notes.append, escape, watch.tick)
-    total = args.most_likely or args.num_samples
+    # The most likely come in bursts, from which nothing follows for the rest.
+    total = None if args.most_likely else args.num_samples
 
-    def show_all(lines, total=total):
-        show(watch.over(lines, total), columns)
+    def answer(prompt):
+        watch.start(total)
+        show_all(find(prompt))
+
+    def show_all(lines):
+        with contextlib.closing(watch.over(lines)) as watched:
+            show(watched, columns)
         tell_notes()
 
     def tell_notes():
@@ -914,28 +943,32 @@ def run(args):
             tell(f"sample.py: {notes.pop(0)}")
 
     if args.score is not None:
-        lines, total = rate(args, trained, escape, notes.append, watch.tick), None
+        lines = rate(args, trained, escape, notes.append, watch.tick)
     elif args.prompt is not None or (args.output is not None and sys.stdin.isatty()):
+        watch.start(total)
         try:
             lines = find(args.prompt or "")
         except ValueError as error:
             raise UserError(f"--prompt: {error}") from None
     elif args.output is not None:
-        lines, total = find_for_lines(find, read_prompts()), None
+        lines = find_for_lines(find, read_prompts())
     elif sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 - input() edits lines once it is imported
-        converse(lambda prompt: show_all(find(prompt)))
+        converse(answer)
         return 0
     else:
         return answer_lines(lambda prompt: show_all(find(prompt)), read_prompts())
 
     if args.output is None:
-        show_all(lines, total)
+        show_all(lines)
         return 0
     try:
-        with model.locking(args.output):
-            count, stopped = write(args.output, watch.over(lines, total))
+        with (
+            model.locking(args.output),
+            contextlib.closing(watch.over(lines)) as watched,
+        ):
+            count, stopped = write(args.output, watched)
     except OSError as error:
         raise UserError(f"--output: can't write {args.output}: {error.strerror}") from None
     except KeyboardInterrupt:

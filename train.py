@@ -289,7 +289,7 @@ def check_teachers(args, loaded, corpus, data):
                 f"--teachers: {path} learned sequences of at most {teacher.max_len} characters; "
                 f"pass --max_len {teacher.max_len}, or train it with --max_len {corpus.max_len}"
             )
-        if not model.distribution(teacher.read("")[0])[:, 1:].any():
+        if model.distribution(teacher.read("")[0])[:, 1:].sum() < 1e-6:
             raise UserError(f"--teachers: {path} invents only empty sequences; leave it out")
         if not args.validation_split:
             continue
@@ -1396,13 +1396,22 @@ def take_up(args, variables, state):
     """
     if not state:
         return
-    if [array.shape for array in state] != [tuple(variable.shape) for variable in variables]:
+    kinds = [(array.shape, name_kind(array.dtype)) for array in state]
+    if kinds != [(tuple(each.shape), name_kind(each.dtype)) for each in variables]:
         raise UserError(
             f"--save_path: {args.save_path} was trained with a version of Keras that this "
             "one can't continue; pass --overwrite to start over, or another --save_path"
         )
     for variable, array in zip(variables, state):
         variable.assign(array)
+
+
+def name_kind(dtype):
+    """Returns a str for a NumPy dtype or its name, the same one for all integers.
+
+    Which integers Keras counts in depends on the backend.
+    """
+    return "int" if "int" in str(dtype) else str(dtype)
 
 
 def save(args, network, best, metadata, state):

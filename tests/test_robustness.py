@@ -102,6 +102,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
 def test_a_closed_terminal_ends_a_conversation():
     with on_terminal([sys.executable, ROOT / "sample.py"]) as (terminal, process):
         read_until(terminal, "> ")
+        time.sleep(1)  # Python's readline misses a signal that comes before it waits for keys
         os.kill(process.pid, signal.SIGHUP)
         assert "Traceback" not in read_until(terminal, None)
         assert process.wait(60) == 129
@@ -498,11 +499,6 @@ def test_a_file_that_contradicts_itself_is_not_continued(folder):
         del file["model_weights/lstm_2"]
         say(layers=1)
 
-    def change_type():
-        state = file[f"{model.TRAINING_STATE}/0"][()]
-        del file[f"{model.TRAINING_STATE}/0"]
-        file[f"{model.TRAINING_STATE}/0"] = state.astype("f8")
-
     def repeat_state():
         for index in range(100, 1000):
             file[f"{model.TRAINING_STATE}/{index}"] = np.float32(0)
@@ -511,7 +507,6 @@ def test_a_file_that_contradicts_itself_is_not_continued(folder):
         (lambda: say(max_len=5), "was trained with other max_len than it says"),
         (say_fewer_layers, "was trained with other layers than it says"),
         (lambda: say(history={"loss": [2.0], "val_loss": []}), "without what continuing needs"),
-        (change_type, "training_state/0 should have dtype float32. Received: <f8"),
         (repeat_state, "it holds more of a training state than 2 layers have"),
     ):
         with h5py.File(path, "r+") as file:
@@ -524,6 +519,25 @@ def test_a_file_that_contradicts_itself_is_not_continued(folder):
         assert path.read_bytes() == changed
         assert run("sample.py", "--weights_path", path, "--prompt", "", cwd=folder).returncode == 0
         path.write_bytes(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["<f4", "<i8"])
+def test_a_training_state_of_another_type_is_not_continued(folder, kind):
+    assert run("train.py", *TINY, cwd=folder).returncode == 0
+    path = folder / "incognito_model.h5"
+    with h5py.File(path, "r+") as file:
+        state = file[model.TRAINING_STATE]
+        for name in [name for name in state if state[name].dtype == kind]:
+            value = state[name][()].astype("f8")
+            del state[name]
+            state[name] = value
+    changed = path.read_bytes()
+    process = run("train.py", *TINY, "--epochs", 2, cwd=folder)
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1
+    assert "was trained with a version of Keras that this one can't continue" in process.stderr
+    assert path.read_bytes() == changed
 
 
 @pytest.mark.slow

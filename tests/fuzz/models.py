@@ -626,7 +626,7 @@ class Watch:
 
 
 # What sample.py shows of work that takes long.
-PROGRESS = r"(?m)^(character|[\d,]+ (so far|beginnings)|\[[#-]{20}\]) .*\n"
+PROGRESS = r"(?m)^(\[[#-]{20}\] )?[\d,]+ (of [\d,]+|so far)[,;] .*\n"
 WAYS = {
     "prompt": lambda folder, path: ["sample.py", f"--weights_path={path}", "--prompt="],
     "search": lambda folder, path: [
@@ -665,6 +665,7 @@ def run(arguments, follow):
         status = 99
         try:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in a shell's background
             for number in (1, 2):
                 os.dup2(streams[number - 1].fileno(), number)
             sys.stdout = os.fdopen(1, "w", encoding="utf-8")
@@ -779,7 +780,9 @@ def read(content, folder, watch, baseline, follow=True, ways=WAYS):
             verdict = "WRONG: opened another file"
         if path.read_bytes() != content:
             verdict = "WRONG: changed the file"
+        err = re.sub(PROGRESS, "", err)
         shape = re.sub(r"\d+|'[^']*'", "#", err.replace(str(path), "PATH"))[:300]
+        lines = [line for line in lines if not re.match("show:|clear:|_draw:|describe", line)]
         features = frozenset(lines) | {shape}
         yield Result(way, verdict, err, features, seconds, memory - baseline - len(content))
 
