@@ -237,6 +237,7 @@ def test_excluded_sequences_never_come(name, header, unique):
     assert not set(picked) & learned
 
 
+@pytest.mark.slow
 def test_a_model_that_knows_three_words_ends_by_itself(tmp_path):
     (tmp_path / "sequences.txt").write_text("alpha\nbeta\ngamma\n")
     command = (

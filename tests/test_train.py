@@ -135,6 +135,7 @@ def test_a_source_of_known_entropy_is_learned_to_within_2_percent(tmp_path):
     assert min(metadata["history"]["val_loss"]) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_model_of_cut_sequences_learns_no_end(tmp_path):
     rng = np.random.default_rng(0)
     lines = ["".join(rng.choice(list("abc"), 30)) for _ in range(500)]
@@ -810,6 +811,7 @@ def test_invented_sequences_are_known_or_new(trained):
     assert not found["new"] & learned
 
 
+@pytest.mark.slow
 def test_losses_are_logged_for_tensorboard_and_as_csv(folder):
     import tensorflow as tf
 
