@@ -508,14 +508,15 @@ def _score(trained, texts, max_len, tick):
             padded[place, 1 : len(rows[index]) + 1] = rows[index]
     state = trained.start(len(texts))
     nats = np.where(targets[order] > 0, 0.0, np.inf)
-    for step in range(targets.max()):
+    longest = targets.max()
+    for step in range(longest):
         count = np.count_nonzero(targets > step)
         logits = trained.step(padded[:count, step], state).astype(np.float64)
         logits -= logits.max(axis=1, keepdims=True)
         likelihood = logits[np.arange(count), padded[:count, step + 1]]
         nats[:count] += np.log(np.exp(logits).sum(axis=1)) - likelihood
         if tick:
-            tick(functools.partial(model.describe_length, step + 1, targets.max()))
+            tick(functools.partial(model.describe_length, step + 1, longest))
     unsorted = np.empty_like(nats)
     unsorted[order] = nats
     return unsorted.tolist(), targets.tolist()

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import math
@@ -624,15 +625,22 @@ def test_ctrl_c_during_a_long_batch_returns_to_the_prompt():
         assert process.wait(60) == 0
 
 
+@contextlib.contextmanager
+def changing_a_copy(source, path):
+    """Copies a model's file and lets its open HDF5 file and its metadata be changed."""
+    path.write_bytes(source.read_bytes())
+    with h5py.File(path, "r+") as file:
+        metadata = json.loads(file.attrs[model.METADATA])
+        yield file, metadata
+        file.attrs[model.METADATA] = np.bytes_(json.dumps(metadata))
+
+
 @pytest.fixture
 def endless(trained, tmp_path):
     """A model whose sequences never end and may become as long as a file can say."""
     path = tmp_path / "endless.h5"
-    path.write_bytes((trained[0] / "incognito_model.h5").read_bytes())
-    with h5py.File(path, "r+") as file:
-        metadata = json.loads(file.attrs[model.METADATA])
+    with changing_a_copy(trained[0] / "incognito_model.h5", path) as (file, metadata):
         metadata["max_len"] = model.LIMITS["max_len"]
-        file.attrs[model.METADATA] = np.bytes_(json.dumps(metadata))
         file["model_weights/next_character/bias"][0] = -1000
     return path
 
@@ -692,12 +700,9 @@ def test_results_can_be_piped_while_prompts_are_typed(tmp_path):
 def steering(trained, tmp_path):
     """A model whose every character would steer a terminal."""
     path = tmp_path / "steering.h5"
-    path.write_bytes((trained[0] / "incognito_model.h5").read_bytes())
-    with h5py.File(path, "r+") as file:
-        metadata = json.loads(file.attrs[model.METADATA])
+    with changing_a_copy(trained[0] / "incognito_model.h5", path) as (_, metadata):
         unsafe = "\n\x1b\x9b\r\x07\x08\u202e\u200f\u2028" + "".join(map(chr, range(0x80, 0x9F)))
         metadata["alphabet"] = "".join(dict.fromkeys(unsafe))[: len(metadata["alphabet"])]
-        file.attrs[model.METADATA] = np.bytes_(json.dumps(metadata))
     return path
 
 
