@@ -1,29 +1,30 @@
-"""Loaders: a file on disk becomes an iterable of Python strings, one a sequence."""
+"""How a file becomes an iterable of strings, one a sequence.
 
-import codecs
+`SequenceLoader` reads the lines of a text file, `VocabularyLoader` English words
+and `UserNameLoader` the first column of a CSV file. `find_loader` picks one.
+"""
+
 import csv
-import io
 import itertools
+import os
 
-LONGEST_ROW = 1000  # lines that a row of a CSV file may have
-LONGEST_LINE = 2**20  # characters; what is longer is no list of sequences
+LONGEST_LINE = 2**20  # bytes; what is longer is no list of sequences
 
 
 class SequenceLoader:
     r"""Iterates over the sequences of a text file, one a line.
 
-    Blank lines are skipped; line ends (`\n` or `\r\n`) and a UTF-8 byte
-    order mark are stripped; every other character is kept. The file is
-    streamed: it is read again at each iteration and never held in memory,
-    whatever it is.
+    Blank lines are skipped; line ends (`\n` or `\r\n`) and a byte order mark
+    are stripped; every other character is kept. The file is streamed, and
+    read again at each iteration.
 
     Args:
         path: str or path-like, a UTF-8 text file.
         max_sequences: int or None, yield only the first so many.
 
     Attributes:
-        line: int, in which line of the file the sequence that came last ends;
-            the first is 1.
+        line: int, the line of the file on which the last sequence ended; the
+            first is 1.
 
     Yields:
         str, one sequence.
@@ -31,8 +32,8 @@ class SequenceLoader:
     Raises:
         OSError: while iterating, if the file can't be opened or read.
         ValueError: while iterating, if the file is not UTF-8, has a line of
-            more than `LONGEST_LINE` characters or a NUL (the message names
-            the line), or holds no sequence at all.
+            `LONGEST_LINE` bytes or a NUL (the message names the line), or
+            holds no sequence at all.
 
     Example:
 
@@ -55,45 +56,32 @@ class SequenceLoader:
         yield from itertools.islice(itertools.chain([first], sequences), self.max_sequences)
 
     def _records(self):
-        for self.line, text in enumerate(self._lines(), start=1):  # noqa: B020
-            yield text.rstrip("\n").removesuffix("\r")
+        for line in self._lines():
+            yield line.rstrip("\n").removesuffix("\r")
 
     def _lines(self):
-        # Python's own iteration over lines would first read a line of any length.
-        decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-        count, rest = 0, ""
         with open(self.path, "rb") as file:
-            while True:
-                # The csv module would look for the end of a row until memory runs out.
-                if count - self.line > LONGEST_ROW:
-                    raise csv.Error(f"no end within {LONGEST_ROW:,} lines")
-                data = file.read1(2**14)
+            while data := file.readline(LONGEST_LINE):
+                self.line += 1
+                if len(data) == LONGEST_LINE:
+                    raise self._error(
+                        f"longer than {LONGEST_LINE:,} bytes; name a file with one sequence a line"
+                    )
+                if b"\0" in data:
+                    raise self._error(
+                        "it holds a NUL, so this is not UTF-8 text; if the file is text, "
+                        "convert it to UTF-8 first"
+                    )
                 try:
-                    text = rest + decode(data, final=not data)
+                    yield data.decode("utf-8-sig" if self.line == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    line = count + 1 + error.object.count(b"\n", 0, error.start)
-                    raise ValueError(
-                        f"{self.path}, line {line}: not UTF-8 text; if the file is text, convert "
-                        f"it to UTF-8 first. Received: byte {error.object[error.start]:#04x}."
+                    raise self._error(
+                        "not UTF-8 text; if the file is text, convert it to UTF-8 first. "
+                        f"Received: byte {error.object[error.start]:#04x}"
                     ) from None
-                before, nul, _ = text.partition("\0")
-                lines, end, rest = before.rpartition("\n")
-                yield from io.StringIO(lines + end, newline="\n")
-                count += before.count("\n")
-                if nul:
-                    raise ValueError(
-                        f"{self.path}, line {count + 1}: it holds a NUL, so this is not UTF-8 "
-                        "text; if the file is text, convert it to UTF-8 first."
-                    )
-                if len(rest) > LONGEST_LINE:
-                    raise ValueError(
-                        f"{self.path}, line {count + 1}: longer than {LONGEST_LINE:,} "
-                        "characters; name a file with one sequence a line."
-                    )
-                if not data:
-                    break
-        if rest:
-            yield rest
+
+    def _error(self, reason):
+        return ValueError(f"{self.path}, line {self.line}: {reason}.")
 
 
 class VocabularyLoader(SequenceLoader):
@@ -101,10 +89,10 @@ class VocabularyLoader(SequenceLoader):
 
     Words are ranked by `wordfreq`'s estimate of their frequency in English;
     equally frequent ones keep the order of the file. Each word comes once:
-    that estimate knows no case, so of several spellings that differ in
-    nothing else only one is kept, the lower-case one if there is one ("in"
-    rather than "In" and "IN", but "English"). The list of words is held in
-    memory, since the last one may be the most frequent.
+    that estimate knows no case, so of spellings that differ only in case one
+    is kept, the lower-case one if there is one ("in" rather than "In" and
+    "IN", but "English"). The words are held in memory, since the last one may
+    be the most frequent.
 
     Args:
         path: str or path-like, a UTF-8 text file with one word a line.
@@ -128,7 +116,7 @@ class VocabularyLoader(SequenceLoader):
 
         def rank(record):
             word = record[1]
-            # What is longer is no word, and takes wordfreq more memory than there is.
+            # Anything longer is no word, and would take wordfreq more memory than there is.
             return -wordfreq.word_frequency(word, "en") if len(word) <= 1000 else 0.0
 
         for self.line, word in sorted(words.values(), key=rank):
@@ -139,7 +127,7 @@ class UserNameLoader(SequenceLoader):
     """Iterates over the first column of a CSV file with a header.
 
     The file is read by the `csv` module: a quoted field may hold commas,
-    quotes and line ends. The first line is ignored, and so are rows whose
+    quotes and line ends. The first row is ignored, and so are rows whose
     first column is blank.
 
     Args:
@@ -157,27 +145,32 @@ class UserNameLoader(SequenceLoader):
     empty = "holds no data row: after the header it needs a row with a first column"
 
     def _records(self):
-        header = True
-        reader = csv.reader(self._lines(), strict=True)
+        rows = filter(None, csv.reader(self._lines(), strict=True))
+        row_end = 0
         try:
-            for row in reader:
-                self.line = reader.line_num
-                if row and not header:
+            for number, row in enumerate(rows):
+                row_end = self.line
+                if number > 0:
                     yield row[0]
-                header = header and not row
         except csv.Error as error:
-            line = self.line + 1
-            raise ValueError(
-                f"{self.path}, line {line}: not CSV from here on: {self._explain(str(error))}."
+            self.line = row_end + 1
+            raise self._error(
+                f"not CSV from here on: {error}; look for a quote that is never closed, "
+                r"a quote within a field that is not written twice, and for lines that end in \r"
             ) from None
-
-    @staticmethod
-    def _explain(reason):
-        if "new-line character" in reason:
-            return r"it has a carriage return outside quotes; end all lines by \n or \r\n"
-        if "unexpected end" in reason or "no end" in reason or "field limit" in reason:
-            return f"{reason}; look for a quote that is never closed"
-        return f"{reason}; close each quoted field, and write a quote within one twice"
 
 
 LOADERS = {loader.__name__: loader for loader in (SequenceLoader, VocabularyLoader, UserNameLoader)}
+
+
+def find_loader(path, name=None):
+    """Returns the class that reads a file: the one named, else the one its name asks for.
+
+    Args:
+        path: str or path-like. What ends in `.csv` is read by `UserNameLoader`,
+            anything else by `SequenceLoader`.
+        name: str or None, a key of `LOADERS`, which overrules the path.
+    """
+    if name is not None:
+        return LOADERS[name]
+    return UserNameLoader if os.fspath(path).lower().endswith(".csv") else SequenceLoader
