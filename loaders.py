@@ -63,14 +63,14 @@ class SequenceLoader:
         with open(self.path, "rb") as file:
             while data := file.readline(LONGEST_LINE):
                 self.line += 1
-                if len(data) == LONGEST_LINE:
-                    raise self._error(
-                        f"longer than {LONGEST_LINE:,} bytes; name a file with one sequence a line"
-                    )
                 if b"\0" in data:
                     raise self._error(
                         "it holds a NUL, so this is not UTF-8 text; if the file is text, "
                         "convert it to UTF-8 first"
+                    )
+                if len(data) == LONGEST_LINE:
+                    raise self._error(
+                        f"longer than {LONGEST_LINE:,} bytes; name a file with one sequence a line"
                     )
                 try:
                     yield data.decode("utf-8-sig" if self.line == 1 else "utf-8")

@@ -954,7 +954,7 @@ def _read_array(found, largest):
 
 def is_within(array, largest):
     """Tells whether no number of an array is NaN or beyond ±`largest`."""
-    return not array.size or bool(-largest <= array.min() and array.max() <= largest)
+    return not array.size or -largest <= float(array.min()) <= float(array.max()) <= largest
 
 
 # 5. What both command lines share

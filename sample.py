@@ -535,17 +535,24 @@ def show_in_columns(texts):
     from rich.console import Console
     from rich.text import Text
 
-    cells = [Text(text) for text in texts]
-    Console().print(Columns(cells, padding=(0, 2), column_first=True))
+    console, cells = Console(), [Text(text) for text in texts]
+    if max(cell.cell_len for cell in cells) > console.width:
+        print(*texts, sep="\n")  # a table would cut or fold what is wider
+    else:
+        console.print(Columns(cells, padding=(0, 2), column_first=True))
 
 
-def with_progress(results, total):
-    """Yields results while a bar on stderr shows how many of `total` (None: unknown) there are."""
+def with_progress(results, total, shown):
+    """Yields results while a bar on stderr, if it is to be shown, counts them up to `total`."""
+    if not shown:
+        yield from results
+        return
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    options = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
+    with Progress(*columns, console=Console(stderr=True), **options) as progress:
         yield from progress.track(results, total, description="")
 
 
@@ -687,13 +694,12 @@ def run(args):
     else:
         return answer_all(lambda prompt: show_results(find(prompt)), read_prompts())
 
-    if sys.stderr.isatty() and not to_terminal:
-        lines = with_progress(lines, total)
+    lines = with_progress(lines, total, shown=sys.stderr.isatty() and not to_terminal)
     if args.output is None:
         show_results(lines)
         return 0
     try:
-        with model.writing("--output", args.output):
+        with model.writing("--output", args.output), contextlib.closing(lines):
             count, stopped = write(args.output, lines)
     except KeyboardInterrupt:
         tell("Stopped: nothing was written")

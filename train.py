@@ -43,6 +43,8 @@ SETTINGS = (
     "seed",
 )
 SHOWN = 8  # sequences that are invented after each epoch
+LARGEST_NETWORK = 2**30  # weights; Adam and the best epoch take four times as many numbers
+BACKENDS = ("tensorflow", "jax")
 
 
 # The flags
@@ -180,7 +182,7 @@ def read_source(args):
                 raise UserError(
                     f"--{name}: {args.init_from} has {found[name]}; omit the flag to keep them"
                 )
-        if args.sentinel in source.alphabet.symbols[1:]:
+        if args.sentinel is not None and args.sentinel in source.alphabet.symbols[1:]:
             raise UserError(
                 f"--sentinel: to {args.init_from} {args.sentinel!r} is a character like others; "
                 f"omit the flag to keep its sentinel, {found['sentinel']!r}"
@@ -227,17 +229,21 @@ def split(corpus, fraction):
         fraction: float, the share of the distinct sequences to hold out.
 
     Returns:
-        Tuple `(training, held_out)` of two int arrays, the indices of their
+        Tuple `(training, held_out)` of two int32 arrays, the indices of their
         sequences. The second is empty if that share is less than one
         sequence; the first never is.
     """
-    # As bytes, because NumPy sorts those many times faster than rows of numbers.
-    texts = corpus.rows.view(f"V{corpus.rows[0].nbytes}").ravel()
-    distinct, kinds = np.unique(texts, return_inverse=True)
+    distinct, kinds = np.unique(as_bytes(corpus.rows), return_inverse=True)
     count = min(round(fraction * len(distinct)), len(distinct) - 1)
     chosen = np.random.default_rng(0).permutation(len(distinct))[:count]
     held_out = np.isin(kinds, chosen)
-    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    indices = np.arange(len(kinds), dtype=np.int32)
+    return indices[~held_out], indices[held_out]
+
+
+def as_bytes(rows):
+    """Returns a view of each row as one value, which NumPy sorts and compares much faster."""
+    return rows.view(f"V{rows[0].nbytes}").ravel()
 
 
 def describe(args, corpus, source):
@@ -255,6 +261,17 @@ def describe(args, corpus, source):
         "epochs": args.epochs,
         "history": {"loss": [], "val_loss": []},
     }
+
+
+def check_size(args, alphabet):
+    """Raises a `UserError` if the network is too large to be meant."""
+    shapes = model.weight_shapes(len(alphabet), args.units, args.layers).values()
+    count = sum(map(math.prod, shapes))
+    if count > LARGEST_NETWORK:
+        raise UserError(
+            f"{args.layers:,} layers of {args.units:,} units are {count:,} parameters, over "
+            f"{LARGEST_NETWORK:,}; lower --units or --layers"
+        )
 
 
 def hash_bytes(*parts):
@@ -285,11 +302,16 @@ def read_earlier_run(args, metadata, validated):
     """
     path = args.save_path
     ways_out = "pass --overwrite to start over, or another --save_path"
-    with model.reading("--save_path", path, f"another file, or {ways_out}"):
-        best, found = model.load(path)
-        state = model.load_training_state(path)
+    try:
+        with model.reading("--save_path", path, "another file"):
+            best, found = model.load(path)
+            state = model.load_training_state(path)
+    except UserError as error:
+        raise UserError(f"{error}; {ways_out}") from None
     difference = find_difference(found, metadata)
     if difference:
+        if difference.startswith("other data"):
+            ways_out += f", with --init_from {path} to learn from what it knows"
         raise UserError(f"--save_path: {path} was trained with {difference}; {ways_out}")
     history = found.get("history")
     if not (state and is_history(history, validated)):
@@ -356,29 +378,34 @@ def is_finished(args, history):
 # The batches
 
 
-def plan_stacks(args, corpus, batches):
+def plan_stacks(args, corpus, batches, compiled):
     """Chooses what `make_stacks` has a choice of, by how much work there is.
 
     Args:
         args: the command line.
         corpus: `model.Corpus`.
         batches: int, how many an epoch has.
+        compiled: bool, whether each length costs a compilation.
 
     Returns:
         Tuple `(depth, parts, lengths)`: how many batches are stacked, an int,
         enough that what a call costs in Python is lost in the work, and few
         enough that progress and Ctrl-C are not kept waiting; in how many
         parts a batch comes, an int; and the lengths that these are padded to,
-        a sorted int array, one more for some seconds of work, which a
-        compilation takes.
+        a sorted int array: all or, where each takes seconds to compile, one
+        more for some seconds of work.
     """
     longest = int(corpus.targets.max())
     weights = 4 * args.units * (len(corpus.alphabet) + (2 * args.layers - 1) * args.units)
     # A multiplication and an addition per weight and step, and twice that in the backward pass.
     operations = 6 * weights * args.batch_size * longest
     depth = max(1, min(64, batches, 2 * 10**11 // operations))
+    parts = max(1, min(4, args.batch_size // 64))
+    if not compiled:
+        return depth, parts, np.arange(1, longest + 1)
     choices = 1 + min(7, args.epochs * batches * operations // 10**12)
-    parts = max(1, min(4, args.batch_size // 64)) if choices > 1 else 1
+    if choices == 1:
+        return depth, 1, np.array([longest])
     # About as long as the first part of a batch becomes, or half of all whole batches.
     share = 1 / parts if parts > 1 else 0.5 ** (1 / args.batch_size)
     lengths = np.geomspace(longest, np.quantile(corpus.targets, share), choices)
@@ -412,7 +439,7 @@ def make_stacks(corpus, chosen, batch_size, plan, seed=None, devices=1):
     rng = None if seed is None else np.random.default_rng(seed)
     order = chosen if rng is None else rng.permutation(chosen)
     count = math.ceil(len(order) / batch_size)
-    order = np.append(order, np.zeros(count * batch_size - len(order), int))
+    order = np.append(order, np.zeros(count * batch_size - len(order), order.dtype))
     order = order.reshape(count, batch_size)
     targets = corpus.targets[order]
     targets.ravel()[len(chosen) :] = 0
@@ -446,9 +473,9 @@ def pad(array, shape):
 
 def check_backend(name):
     """Raises a `UserError` if the backend of Keras with that name, a str, can't be used."""
-    if name not in NETWORKS:
+    if name not in BACKENDS:
         raise UserError(
-            f"KERAS_BACKEND: {name!r} can't train here; set it to {' or '.join(NETWORKS)}"
+            f"KERAS_BACKEND: {name!r} can't train here; set it to {' or '.join(BACKENDS)}"
         )
     if importlib.util.find_spec(name) is None:
         raise UserError(f"KERAS_BACKEND: {name} is not installed: pip install {name}")
@@ -468,27 +495,29 @@ def keep_memory():
 
 
 @contextlib.contextmanager
-def quiet():
-    """Hides what TensorFlow writes to stderr, some of it before any log level applies."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+def quiet(stream):
+    """Hides what libraries write past Python to where a stream goes."""
+    stream.flush()
+    number = stream.fileno()
+    kept, nowhere = os.dup(number), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
     try:
         yield
     finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
+        os.dup2(kept, number)
+        os.close(kept)
         os.close(nowhere)
 
 
 def import_keras():
     """Imports Keras and wakes its backend."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     keep_memory()
     # What an import leaves is there to stay: to search it for garbage, again and again
     # and once more at the exit, takes a third of the time.
     gc.disable()
     try:
-        with quiet():
+        with quiet(sys.stderr):  # TensorFlow writes before any log level applies
             import keras
 
             if keras.backend.backend() == "tensorflow":
@@ -502,12 +531,13 @@ def import_keras():
     keras.config.set_floatx("float32")  # whatever keras.json says
 
 
-def make_tensorflow_network(layers, scale):
+def make_tensorflow_network(layers, scale, xla):
     """Makes a network that learns from a stack of batches in each step of `fit`.
 
     Args:
         layers: list of Keras layers, as `model.build_layers` returns it.
         scale: float, what an optimizer step multiplies the sum of losses with.
+        xla: bool, whether XLA compiles the training.
 
     Returns:
         A `keras.Sequential` for `fit` on what `make_stacks` yields. Its loss
@@ -523,6 +553,7 @@ def make_tensorflow_network(layers, scale):
         def metrics(self):
             return [nats]
 
+        @tf.function(jit_compile=xla, reduce_retracing=True)
         def train_step(self, stack):
             return self.sum_losses(stack, self.learn_batch)
 
@@ -554,7 +585,7 @@ def make_tensorflow_network(layers, scale):
 
 
 def make_jax_network(layers, scale):
-    """Does on JAX what `make_tensorflow_network` does on TensorFlow."""
+    """Does on JAX, which always uses XLA, what `make_tensorflow_network` does."""
     import jax
     import keras
 
@@ -608,15 +639,26 @@ def make_jax_network(layers, scale):
     return Network(layers)
 
 
-NETWORKS = {"tensorflow": make_tensorflow_network, "jax": make_jax_network}
-
-
 def count_targets(stack):
     """Returns how many batches of a stack are real, an int tensor, and their targets, float32."""
     from keras import ops
 
     counts = sum(ops.sum(targets, axis=0) for _, targets in stack)
     return ops.sum(ops.cast(counts > 0, "int32")), ops.cast(ops.sum(counts), "float32")
+
+
+def learns_by_hand(args):
+    """Tells whether training goes through `model.run_lstm`, which on TensorFlow needs XLA.
+
+    On a CPU that is faster, unless TensorFlow has large batches, for which its
+    own products use all cores. On a GPU an LSTM is one call of cuDNN, which
+    knows no recurrent dropout and can't be divided among devices.
+    """
+    import keras
+
+    on_cpu = "cpu" in keras.distribution.list_devices()[0]
+    faster = on_cpu and (keras.backend.backend() == "jax" or args.batch_size <= 128)
+    return faster or args.recurrent_dropout > 0 or args.distribute
 
 
 def prepare_network(args, corpus, training, source):
@@ -628,9 +670,6 @@ def prepare_network(args, corpus, training, source):
     import keras
 
     backend, devices = keras.backend.backend(), keras.distribution.list_devices()
-    # XLA and the gradient by hand are faster on a CPU; on a GPU an LSTM is one call of cuDNN,
-    # which knows no recurrent dropout and can't be divided among devices.
-    by_hand = "cpu" in devices[0] or args.recurrent_dropout > 0 or args.distribute
     layers = model.build_layers(
         len(corpus.alphabet),
         args.units,
@@ -638,15 +677,18 @@ def prepare_network(args, corpus, training, source):
         args.dropout,
         args.recurrent_dropout,
         args.seed,
-        by_hand,
+        learns_by_hand(args),
     )
     # Every target weighs the same, whichever batch it is in.
     scale = 1 / (args.batch_size * corpus.targets[training].mean())
-    network = NETWORKS[backend](layers, float(scale))
+    if backend == "jax":
+        network = make_jax_network(layers, float(scale))
+    else:
+        network = make_tensorflow_network(layers, float(scale), xla=learns_by_hand(args))
     steps = args.epochs * math.ceil(len(training) / args.batch_size)
     rate = keras.optimizers.schedules.CosineDecay(args.learning_rate, steps)
     adam = keras.optimizers.Adam(rate, global_clipnorm=1.0)
-    network.compile(adam, jit_compile=by_hand or "auto")
+    network.compile(adam, jit_compile=backend == "jax")
     network.optimizer.build(network.trainable_variables)
     print(
         f"Network: {args.layers} × LSTM({args.units}), {network.count_params():,} parameters, "
@@ -706,7 +748,7 @@ def join_group(args, metadata):
     import keras
     from jax.experimental import multihost_utils
 
-    with quiet():
+    with quiet(sys.stderr):
         import tensorflow  # noqa: F401 - which Keras would import to seed it, aloud
 
     try:
@@ -722,7 +764,8 @@ def join_group(args, metadata):
     model.catch_signals()  # JAX has taken SIGTERM
     plan = hash_bytes(json.dumps([metadata, args.epochs, args.patience]).encode())
     try:
-        multihost_utils.assert_equal(np.frombuffer(plan.encode(), np.uint8))
+        with quiet(sys.stdout):  # where Gloo tells whom it has met
+            multihost_utils.assert_equal(np.frombuffer(plan.encode(), np.uint8))
     except AssertionError:
         raise UserError(
             "--distribute: the processes differ in their flags or data; start all of them alike"
@@ -770,43 +813,52 @@ def make_data(args, corpus, training, held_out, first_epoch, rank, processes):
     """Makes the arguments of `fit` that are data, and those that say how much is an epoch."""
     import keras
 
+    backend = keras.backend.backend()
     devices = len(keras.distribution.list_devices()) if args.distribute else 1
-    batches = math.ceil(len(training) / args.batch_size)
-    plan = plan_stacks(args, corpus, batches)
-    depth = plan[0]
-
-    def stacks(chosen, shuffle):
-        batch_size = min(args.batch_size, len(chosen))
-        for epoch in itertools.count(first_epoch):
-            seed = (args.seed, epoch) if shuffle else None
-            for stack in make_stacks(corpus, chosen, batch_size, plan, seed, devices):
-                yield tuple(tuple(map(share, part)) for part in stack)
 
     def share(array):
         size = len(array) // processes
         return array[rank * size : (rank + 1) * size]
 
-    def feed(chosen, shuffle):
-        generator = stacks(chosen, shuffle)
-        if keras.backend.backend() == "jax":
-            return generator
-        import tensorflow as tf
+    def feed(chosen, shuffle, compiled):
+        batch_size = min(args.batch_size, len(chosen))
+        batches = math.ceil(len(chosen) / batch_size)
+        plan = plan_stacks(args, corpus, batches, compiled)
 
-        first = next(generator)
-        signature = tf.nest.map_structure(
-            lambda array: tf.TensorSpec([None] * array.ndim, array.dtype), first
-        )
-        data = tf.data.Dataset.from_generator(
-            lambda: itertools.chain([first], generator), output_signature=signature
-        )
-        return data.prefetch(2)
+        def generate():
+            for epoch in itertools.count(first_epoch):
+                seed = (args.seed, epoch) if shuffle else None
+                for stack in make_stacks(corpus, chosen, batch_size, plan, seed, devices):
+                    yield tuple(tuple(map(share, part)) for part in stack)
 
-    data = {"x": feed(training, True), "steps_per_epoch": math.ceil(batches / depth)}
+        data = generate()
+        if backend == "tensorflow":
+            data = as_dataset(data, known=len(plan[2]) == 1)
+        return data, math.ceil(batches / plan[0])
+
+    found = {}
+    found["x"], found["steps_per_epoch"] = feed(
+        training, True, backend == "jax" or learns_by_hand(args)
+    )
     if len(held_out):
-        held_out_batches = math.ceil(len(held_out) / min(args.batch_size, len(held_out)))
-        data["validation_data"] = feed(held_out, False)
-        data["validation_steps"] = math.ceil(held_out_batches / depth)
-    return data
+        # Without a backward pass there is too little work for TensorFlow to compile it.
+        found["validation_data"], found["validation_steps"] = feed(
+            held_out, False, backend == "jax"
+        )
+    return found
+
+
+def as_dataset(stacks, known):
+    """Makes a `tf.data.Dataset` of a generator whose arrays have one size if it is `known`."""
+    import tensorflow as tf
+
+    first = next(stacks)
+    signature = tf.nest.map_structure(
+        lambda array: tf.TensorSpec(array.shape if known else [None] * array.ndim, array.dtype),
+        first,
+    )
+    stacks = itertools.chain([first], stacks)
+    return tf.data.Dataset.from_generator(lambda: stacks, output_signature=signature).prefetch(2)
 
 
 def make_callbacks(args, network, corpus, count, metadata, best, leads):
@@ -821,56 +873,57 @@ def make_callbacks(args, network, corpus, count, metadata, best, leads):
         best: list of arrays, the weights of the best epoch so far, or None.
         leads: bool, whether this process of a group writes.
     """
-    from keras.callbacks import CSVLogger, LambdaCallback, TensorBoard, TerminateOnNaN
+    from keras.callbacks import Callback, CSVLogger, ProgbarLogger, TensorBoard, TerminateOnNaN
 
     history = metadata["history"]
-    clock = [0.0, 0.0]  # when the epoch began, and when its last stack was learned
 
-    def save(epoch, logs):
-        nonlocal best
-        state = [np.asarray(each) for each in network.variables + network.optimizer.variables]
-        weights = network.get_weights()
-        if not (
-            all(map(math.isfinite, logs.values()))
-            and all(model.is_within(array, model.LARGEST_WEIGHT) for array in weights)
-            and all(np.isfinite(array).all() for array in state)
-        ):
-            raise UserError(
-                f"the loss of epoch {epoch + 1} is NaN or infinite, or the weights are; "
-                f"{explain_kept(args, history)}; try a --learning_rate below "
-                f"{args.learning_rate}, in another --save_path or with --overwrite"
-            )
-        grown = {name: [*losses, logs[name]] for name, losses in history.items() if name in logs}
-        grown = {**history, **grown}
-        if epochs_since_best(grown) == 0:
-            best = weights
-        if leads:
-            with model.writing("--save_path", args.save_path):
-                model.save(args.save_path, network, best, {**metadata, "history": grown}, state)
-        history.update(grown)
-        network.stop_training = is_finished(args, history)
+    class Save(Callback):
+        best_weights = best
 
-    def tell(epoch, logs):
-        if not sys.stdout.isatty():
-            rate = count / (clock[1] - clock[0])
-            losses = " - ".join(f"{name}: {loss:.4f}" for name, loss in logs.items())
-            print(f"Epoch {epoch + 1}/{args.epochs} - {losses} - {rate:,.0f} sequences/s")
-        current = SequenceModel(corpus.alphabet, corpus.max_len, network.get_weights())
-        show_invented(current, corpus, (args.seed, epoch))
+        def on_epoch_end(self, epoch, logs):
+            weights = network.get_weights()
+            state = [np.asarray(each) for each in network.variables + network.optimizer.variables]
+            if not (
+                all(map(math.isfinite, logs.values()))
+                and all(model.is_within(array, model.LARGEST_WEIGHT) for array in weights)
+                and all(np.isfinite(array).all() for array in state)
+            ):
+                raise UserError(
+                    f"the loss of epoch {epoch + 1} or a weight is NaN or too large; "
+                    f"{explain_kept(args, history)}; try a --learning_rate below "
+                    f"{args.learning_rate}, in another --save_path or with --overwrite"
+                )
+            added = {name: [*history[name], loss] for name, loss in logs.items()}
+            grown = {**history, **added}
+            if epochs_since_best(grown) == 0:
+                self.best_weights = weights
+            if leads:
+                saved = {**metadata, "history": grown}
+                with model.writing("--save_path", args.save_path):
+                    model.save(args.save_path, network, self.best_weights, saved, state)
+            history.update(grown)
+            network.stop_training = is_finished(args, history)
 
-    callbacks = [
-        TerminateOnNaN(),
-        LambdaCallback(
-            on_epoch_begin=lambda epoch, logs: clock.__setitem__(0, time.perf_counter()),
-            on_train_batch_end=lambda batch, logs: clock.__setitem__(1, time.perf_counter()),
-        ),
-        LambdaCallback(on_epoch_end=save),
-        LambdaCallback(on_epoch_end=tell),
-    ]
+    class Tell(Callback):
+        def on_epoch_begin(self, epoch, logs):
+            self.start = time.perf_counter()
+
+        def on_train_batch_end(self, batch, logs):
+            self.seconds = time.perf_counter() - self.start
+
+        def on_epoch_end(self, epoch, logs):
+            if not sys.stdout.isatty():  # where Keras shows a bar
+                losses = " - ".join(f"{name}: {loss:.4f}" for name, loss in logs.items())
+                rate = f"{count / self.seconds:,.0f} sequences/s"
+                print(f"Epoch {epoch + 1}/{args.epochs} - {losses} - {rate}")
+            current = SequenceModel(corpus.alphabet, corpus.max_len, network.get_weights())
+            show_invented(current, corpus, (args.seed, epoch))
+
+    callbacks = [TerminateOnNaN(), Save()]
     if args.log_dir is not None and leads:
         path, append = os.path.join(args.log_dir, "losses.csv"), bool(history["loss"])
         callbacks += [CSVLogger(path, append=append), TensorBoard(args.log_dir, write_graph=False)]
-    return callbacks
+    return [*callbacks, ProgbarLogger(), Tell()]  # the bar ends before more is told
 
 
 def show_invented(trained, corpus, seed):
@@ -878,9 +931,9 @@ def show_invented(trained, corpus, seed):
     longest = 60  # so that each fits on a line
     groups = {"new": [], "in the data": []}
     for text in trained.sample(count=SHOWN, max_len=min(trained.max_len, longest), seed=seed):
-        row = np.zeros(max(len(text), corpus.rows.shape[1]), corpus.rows.dtype)
-        row[: len(text)] = corpus.alphabet.encode(text)
-        known = len(row) == corpus.rows.shape[1] and (corpus.rows == row).all(axis=1).any()
+        row = np.zeros_like(corpus.rows[:1])
+        row[0, : len(text)] = corpus.alphabet.encode(text)[: row.size]
+        known = len(text) <= row.size and (as_bytes(corpus.rows) == as_bytes(row)).any()
         groups["in the data" if known else "new"].append(model.printable(text))
     for name, texts in groups.items():
         if texts:
@@ -899,6 +952,7 @@ def run(args):
     model.check_target("--save_path", args.save_path, inputs)
     source = read_source(args)
     corpus = read_corpus(args, source.alphabet.symbols[1:] if source else "")
+    check_size(args, corpus.alphabet)
     training, held_out = split(corpus, args.validation_split)
     args.batch_size = min(args.batch_size, len(training))
     metadata = describe(args, corpus, source)
@@ -935,7 +989,11 @@ def run(args):
                 shuffle=False,
             )
         except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(stop.args[0], explain_kept(args, history)) from None
+            kept = explain_kept(args, history)
+            if history["loss"]:
+                without = " without --overwrite" if args.overwrite else ""
+                kept += f"; the same command{without} continues"
+            raise KeyboardInterrupt(stop.args[0], kept) from None
     tell_what_was_learned(args, history)
 
 
@@ -978,8 +1036,7 @@ def explain_kept(args, history):
     """Returns what `--save_path` holds after these losses, a str."""
     if not history["loss"]:
         return "nothing new was saved"
-    without = " without --overwrite" if args.overwrite else ""
-    return f"{args.save_path} keeps the last whole epoch; the same command{without} continues"
+    return f"{args.save_path} keeps the last whole epoch"
 
 
 def main(arguments=None):
@@ -996,16 +1053,21 @@ def main(arguments=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         what = error.filename or "what happens"
         parser.error(f"can't write {what}: {error.strerror}; epochs that ended are kept")
-    except MemoryError:
-        parser.error(
-            "there is not enough memory; lower --batch_size, --units, --layers or --max_len"
-        )
     except KeyboardInterrupt as stop:
         model.catch_signals(signal.SIG_IGN)  # it is stopping already
         number, *told = stop.args
         told = model.printable("".join(told) or "nothing new was saved")
-        print(f"\nStopped: {told}.", file=sys.stderr)
+        with contextlib.suppress(OSError):  # of a terminal that has gone
+            print(f"\nStopped: {told}.", file=sys.stderr)
         sys.exit(128 + number)
+    except Exception as error:
+        # As TensorFlow and JAX call it.
+        exhausted = "ResourceExhausted" in type(error).__name__ or "RESOURCE_EXHAUSTED" in str(
+            error
+        )
+        if not (exhausted or isinstance(error, MemoryError)):
+            raise
+        parser.error("there is not enough memory; lower --batch_size, --units or --max_len")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What several test modules need: the scripts as a user runs them, and one trained model."""
 
+import os
 import pathlib
 import shlex
 import subprocess
@@ -7,11 +8,14 @@ import sys
 
 import h5py
 import numpy as np
+import pexpect
 import pytest
 
 import model
 from model import Alphabet, SequenceModel
 
+# Importing TensorFlow would set another one, which train.py would inherit.
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRE_TRAINED = ROOT / "pre_trained_models"
 CONTRACT = (
@@ -27,6 +31,23 @@ def run(script, *arguments, **options):
         [sys.executable, ROOT / script, *map(str, arguments)],
         **{"capture_output": True, "encoding": "utf-8", "timeout": 300, **options},
     )
+
+
+def terminal(script, *arguments, columns=80, term="dumb", **options):
+    """Starts a script of the project on a terminal of its own; returns a `pexpect.spawn`."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    return pexpect.spawn(
+        sys.executable,
+        [str(ROOT / script), *map(str, arguments)],
+        dimensions=(24, columns),
+        **{"encoding": "utf-8", "timeout": 60, "env": {**kept, "TERM": term}, **options},
+    )
+
+
+def finish(child):
+    """Waits for a script on a terminal to end; returns what it still showed and its status."""
+    child.expect(pexpect.EOF)
+    return child.before, child.wait()
 
 
 def assert_one_line_error(process, script):
@@ -84,11 +105,7 @@ def random_model(alphabet, units=8, layers=2, max_len=6, seed=0, scale=1.0):
     """A model that learned nothing, but has decided opinions."""
     rng = np.random.default_rng(seed)
     shapes = model.weight_shapes(len(alphabet), units, layers)
-    weights = [
-        (scale * rng.standard_normal(shape)).astype(np.float32)
-        for names in shapes.values()
-        for shape in names.values()
-    ]
+    weights = [(scale * rng.standard_normal(shape)).astype(np.float32) for shape in shapes.values()]
     return SequenceModel(Alphabet(alphabet), max_len, weights)
 
 
@@ -106,7 +123,11 @@ def enumerate_sequences(trained, prompt="", max_len=None, **shape):
         if len(text) == (max_len or trained.max_len):
             probabilities[text] = probability
             return
-        following = model.distribution(trained.read(text)[0][-1], **shape)
+        following = model.distribution(trained.read(text)[0][-1])
+        if not text:  # no sequence is empty
+            following[0] = 0
+        with np.errstate(divide="ignore"):
+            following = model.distribution(np.log(following / following.sum()), **shape)
         for symbol, share in zip(trained.alphabet.symbols, following):
             if share and symbol == trained.alphabet.sentinel:
                 probabilities[text] = probability * share

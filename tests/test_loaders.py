@@ -3,7 +3,14 @@ import tracemalloc
 import pytest
 import wordfreq
 
-from loaders import LOADERS, SequenceLoader, UserNameLoader, VocabularyLoader
+from loaders import (
+    LOADERS,
+    LONGEST_LINE,
+    SequenceLoader,
+    UserNameLoader,
+    VocabularyLoader,
+    find_loader,
+)
 
 
 @pytest.fixture
@@ -19,7 +26,6 @@ def write(tmp_path):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("ab\ncd\n", ["ab", "cd"]),
         ("ab\ncd", ["ab", "cd"]),
         ("ab\r\ncd\r\n", ["ab", "cd"]),
         ("\ufeffab\ncd\n", ["ab", "cd"]),
@@ -52,23 +58,15 @@ def test_a_large_file_is_streamed(write, loader):
 
 
 @pytest.mark.parametrize("loader", LOADERS.values())
-def test_bytes_that_are_not_utf8_are_named_by_line(write, loader):
-    with pytest.raises(ValueError, match=r"data\.txt, line 3: not UTF-8.*0xe9"):
-        list(loader(write(b"ab\ncd\n\xe9f\n")))
-
-
-@pytest.mark.parametrize("loader", [SequenceLoader, UserNameLoader])
-@pytest.mark.parametrize("line", [1, 2, 3000, 70_001, 99_999])
-def test_bytes_that_are_not_utf8_are_named_by_line_in_a_large_file(write, loader, line):
-    lines = [b"ann\xc3\xa9,%d" % number for number in range(100_000)]
-    lines[line - 1] = b"caf\xe9"
-    with pytest.raises(ValueError, match=rf"line {line}: not UTF-8"):
-        list(loader(write(b"\n".join(lines))))
-
-
-def test_the_line_of_a_sequence_is_where_it_ends(write):
-    loader = UserNameLoader(write('name\n\nann\n"two\nlines"\n,\nlast\n'))
-    assert [(loader.line, name) for name in loader] == [(3, "ann"), (5, "two\nlines"), (7, "last")]
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [(b"\xe9f", r"not UTF-8.*0xe9"), (b"a\0b", "NUL"), (b"a" * LONGEST_LINE, "longer than")],
+)
+def test_what_is_no_text_is_named_by_line(write, loader, line, message):
+    for before in (b"", b"ab\ncd\n", b"ann\xc3\xa9,1\n" * 70_000):
+        number = 1 + before.count(b"\n")
+        with pytest.raises(ValueError, match=rf"data\.txt, line {number}: .*{message}"):
+            list(loader(write(before + line + b"\nlast\n")))
 
 
 @pytest.mark.parametrize("loader", LOADERS.values())
@@ -80,10 +78,12 @@ def test_a_path_without_a_readable_file_is_an_os_error(tmp_path, loader):
 
 
 @pytest.mark.parametrize("loader", LOADERS.values())
-@pytest.mark.parametrize("content", ["", "\n\n", "\ufeff\r\n \n"])
-def test_a_file_without_a_sequence_is_an_error(write, loader, content):
-    with pytest.raises(ValueError, match=r"data\.txt holds no"):
-        list(loader(write(content)))
+def test_a_file_without_a_sequence_is_an_error(write, loader):
+    blank = ["", "\n\n", "\ufeff\r\n \n"]
+    headers = ["name,packages\n", "name,packages\n,3\n\n"] if loader is UserNameLoader else []
+    for content in blank + headers:
+        with pytest.raises(ValueError, match=r"data\.txt holds no"):
+            list(loader(write(content)))
 
 
 def test_a_csv_gives_its_first_column_without_the_header(write):
@@ -92,21 +92,16 @@ def test_a_csv_gives_its_first_column_without_the_header(write):
         '"say ""hi""",4\r\n,5\r\nlast\r\n'
     )
     expected = ["ann", "Doe, Jane", "two\nlines", 'say "hi"', "last"]
-    assert list(UserNameLoader(write(content))) == expected
-    assert list(UserNameLoader(write("\ufeff" + content), max_sequences=2)) == expected[:2]
-    assert list(UserNameLoader(write("\n" + content))) == expected
+    for before in ("", "\ufeff", "\n"):
+        assert list(UserNameLoader(write(before + content))) == expected
+    loader = UserNameLoader(write(content), max_sequences=3)
+    assert [(loader.line, name) for name in loader] == list(zip((2, 3, 5), expected))
 
 
-def test_a_csv_needs_a_data_row(write):
-    for content in ("name,packages\n", "name,packages\n,3\n\n"):
-        with pytest.raises(ValueError, match="holds no data row"):
-            list(UserNameLoader(write(content)))
-
-
-@pytest.mark.parametrize("content", ["name\nann\nbob\rcarl\n", 'name\nann\n"bob\n'])
-def test_a_malformed_csv_is_named_by_line(write, content):
+@pytest.mark.parametrize("row", ["bob\rcarl\n", '"bob\n', '"bob' + "\nx" * 100_000, '"bob"by\n'])
+def test_a_malformed_csv_is_named_by_line(write, row):
     with pytest.raises(ValueError, match="line 3: not CSV"):
-        list(UserNameLoader(write(content)))
+        list(UserNameLoader(write("name\nann\n" + row)))
 
 
 def test_the_vocabulary_is_the_most_used_words_best_first(write):
@@ -123,3 +118,9 @@ def test_the_vocabulary_is_the_most_used_words_best_first(write):
 def test_the_vocabulary_has_one_spelling_of_a_word(write):
     words = ["A", "English", "In", "IN", "a", "in", "the", "The"]
     assert list(VocabularyLoader(write("\n".join(words)))) == ["the", "a", "in", "English"]
+
+
+def test_a_path_finds_its_loader_unless_one_is_named():
+    assert find_loader("names.csv") is find_loader("NAMES.CSV") is UserNameLoader
+    assert find_loader("names.txt") is find_loader("csv") is SequenceLoader
+    assert find_loader("names.csv", "VocabularyLoader") is VocabularyLoader

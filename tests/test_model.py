@@ -1,4 +1,3 @@
-import collections
 import json
 import math
 import os
@@ -17,13 +16,11 @@ SHIPPED = sorted(PRE_TRAINED.glob("*.h5"))
 
 def assert_frequencies(counts, probabilities):
     """Asserts that counts are a plausible draw, by Pearson's χ² with small cells merged."""
-    expected = np.asarray(probabilities) * sum(counts)
-    order = np.argsort(expected)[::-1]
-    small = max(1, np.count_nonzero(expected >= 5))
-    observed = np.asarray(counts)[order]
-    expected = expected[order]
-    observed = np.append(observed[:small], observed[small:].sum())
-    expected = np.append(expected[:small], expected[small:].sum())
+    counts = np.asarray(counts)
+    expected = np.asarray(probabilities) * counts.sum()
+    order = np.argsort(-expected)
+    cells = np.arange(max(1, np.count_nonzero(expected >= 5)) + 1)
+    expected, observed = (np.add.reduceat([*x[order], 0], cells) for x in (expected, counts))
     kept = expected > 0
     assert observed[~kept].sum() == 0
     statistic = ((observed - expected)[kept] ** 2 / expected[kept]).sum()
@@ -38,11 +35,76 @@ def assert_frequencies(counts, probabilities):
 # Encoding
 
 
-def test_the_loss_is_the_sum_over_characters_and_ends():
+def test_an_alphabet_names_what_it_does_not_know():
+    alphabet = Alphabet("\nabc")
+    np.testing.assert_array_equal(alphabet.encode("cab"), [3, 1, 2])
+    with pytest.raises(ValueError, match=r"never saw '\\n', 'X', 'é'"):
+        alphabet.encode("aXéb\nX")
+
+
+def test_the_alphabet_has_the_characters_that_are_kept_or_given():
+    corpus = model.encode(["cab", "é", "abcz"], max_len=3, characters="xb")
+    assert corpus.alphabet.symbols == "\nabcxé"
+    assert corpus.alphabet.decode(corpus.rows[0]) == "cab"
+
+
+def test_max_len_is_the_longest_but_at_most_64():
+    assert model.encode(["abc", "de"]).rows.shape == (2, 3)
+    assert model.encode(["x" * 100]).rows.shape == (1, 64)
+    corpus = model.encode(["abc"], max_len=10)
+    assert corpus.max_len == 10
+    assert corpus.rows.shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("characters", "dtype"), [(255, np.uint8), (256, np.uint16), (70_000, np.uint32)]
+)
+def test_many_sequences_survive_encoding_in_the_smallest_type(characters, dtype):
+    points = [c for c in range(1, 80_000) if c != 10 and not 0xD800 <= c <= 0xDFFF][:characters]
+    symbols = list(map(chr, points))
+    rng = np.random.default_rng(0)
+    sequences = ["".join(symbols[start : start + 7]) for start in range(0, characters, 7)]
+    sequences += ["".join(rng.choice(symbols[:50], rng.integers(1, 9))) for _ in range(70_000)]
+    corpus = model.encode(iter(sequences))
+    assert corpus.rows.dtype == dtype
+    assert corpus.complete.all()
+    assert [corpus.alphabet.decode(row[row > 0]) for row in corpus.rows] == sequences
+
+
+def test_a_sequence_with_the_sentinel_is_refused():
+    with pytest.raises(ValueError, match="contain the sentinel, ' '"):
+        model.encode(["ab", "a b"], sentinel=" ")
+
+
+def test_what_would_take_too_much_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(model, "LARGEST_CORPUS", 10)
+    monkeypatch.setitem(model.LIMITS, "alphabet", 4)
+    assert len(model.encode(["abcba"] * 2)) == 2
+    with pytest.raises(ValueError, match="2 sequences of up to 6 characters take more"):
+        model.encode(["abcabc"] * 2)
+    with pytest.raises(ValueError, match="4 different characters are more than a model can have"):
+        model.encode(["abcd"])
+
+
+# The network
+
+
+@pytest.fixture(scope="module")
+def stock_keras():
+    import keras
+
+    return keras
+
+
+def build(keras, alphabet_size, **options):
+    return keras.Sequential(model.build_layers(alphabet_size, **options))
+
+
+def test_the_loss_is_the_sum_over_characters_and_ends(stock_keras):
     corpus = model.encode(["abcdef", "abcd", "b"], sentinel="s", max_len=4)
     np.testing.assert_array_equal(corpus.complete, [False, True, True])
     np.testing.assert_array_equal(corpus.targets, [4, 5, 2])
-    network = model.build_network(len(corpus.alphabet), 8, 2, 0.5, seed=1)
+    network = build(stock_keras, len(corpus.alphabet), units=8, layers=2, dropout=0.5, seed=1)
     numpy = model.SequenceModel(corpus.alphabet, 4, network.get_weights())
     expected = 0
     for text, count in (("abcd", 4), ("abcd", 5), ("b", 2)):
@@ -81,25 +143,29 @@ def test_the_gradient_worked_out_by_hand_is_that_of_the_plain_recurrence(dropped
             outputs.append(hidden)
         return tf.stack(outputs)
 
-    def differentiate(function):
+    def differentiate(function, projected):
         with tf.GradientTape() as tape:
             tape.watch([projected, kernel])
             outputs = function(projected, kernel, kept)
             total = tf.reduce_sum(outputs * weights)
         return [outputs, *tape.gradient(total, [projected, kernel])]
 
-    for ours, theirs in zip(differentiate(model.run_lstm), differentiate(plain)):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    unknown_sizes = tf.TensorSpec([None, None, 4 * units])  # as while Keras fits
+
+    @tf.function(jit_compile=True, input_signature=[unknown_sizes])
+    def ours(projected):
+        return differentiate(model.run_lstm, projected)
+
+    for found, expected in zip(ours(projected), differentiate(plain, projected)):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
 def test_recurrent_dropout_is_for_training_and_for_what_is_read_back(share):
     import tensorflow as tf
 
-    network = model.build_network(5, 64, 1, dropout=0.0, recurrent_dropout=share, seed=0)
+    _, lstm, *_ = model.build_layers(5, 64, 1, recurrent_dropout=share, seed=0, by_hand=True)
     ids = np.eye(5, dtype=np.float32)[[[0, 1, 2, 3]] * 2]
-    lstm = network.layers[0]
-    lstm.by_hand = True
     compiled = tf.function(lstm, jit_compile=True)
     calm, first, second = (compiled(ids, training=choice).numpy() for choice in (False, True, True))
     np.testing.assert_allclose(calm[:, 0], first[:, 0], atol=1e-6)  # nothing to read back yet
@@ -107,84 +173,18 @@ def test_recurrent_dropout_is_for_training_and_for_what_is_read_back(share):
         assert np.allclose(one, other, atol=1e-6) == (share == 0)
 
 
-def test_characters_that_are_given_are_in_the_alphabet():
-    corpus = model.encode(["cab", "é"], characters="xb")
-    assert corpus.alphabet.symbols == "\nabcxé"
-    assert corpus.alphabet.decode(corpus.rows[0]) == "cab"
-
-
-def test_max_len_is_the_longest_but_at_most_64():
-    assert model.encode(["abc", "de"]).rows.shape == (2, 3)
-    assert model.encode(["x" * 100]).rows.shape == (1, 64)
-    corpus = model.encode(["abc"], max_len=10)
-    assert corpus.max_len == 10
-    assert corpus.rows.shape == (1, 3)
-
-
-def test_characters_beyond_the_cut_are_not_in_the_alphabet():
-    assert model.encode(["abz"], max_len=2).alphabet.symbols == "\nab"
-
-
-@pytest.mark.parametrize(
-    ("characters", "dtype"), [(255, np.uint8), (256, np.uint16), (70_000, np.uint32)]
-)
-def test_many_sequences_survive_encoding_in_the_smallest_type(characters, dtype):
-    points = [c for c in range(1, 80_000) if c != 10 and not 0xD800 <= c <= 0xDFFF][:characters]
-    symbols = list(map(chr, points))
-    rng = np.random.default_rng(0)
-    sequences = ["".join(symbols[start : start + 7]) for start in range(0, characters, 7)]
-    sequences += ["".join(rng.choice(symbols[:50], rng.integers(1, 9))) for _ in range(70_000)]
-    corpus = model.encode(iter(sequences))
-    assert corpus.rows.dtype == dtype
-    assert corpus.complete.all()
-    decoded = [corpus.alphabet.decode(row[row > 0]) for row in corpus.rows]
-    assert decoded == sequences
-
-
-def test_sequences_with_the_sentinel_are_counted():
-    with pytest.raises(model.SentinelError) as caught:
-        model.encode(["ab", "a b", "c", "d e"], sentinel=" ", max_len=1)
-    assert (caught.value.first, caught.value.count) == (1, 2)
-
-
-def test_an_alphabet_names_what_it_does_not_know():
-    alphabet = Alphabet("\nabc")
-    np.testing.assert_array_equal(alphabet.encode("cab"), [3, 1, 2])
-    with pytest.raises(ValueError, match=r"never saw '\\n', 'X', 'é'"):
-        alphabet.encode("aXéb\nX")
-
-
-# The distribution
-
-
-@pytest.fixture(scope="module")
-def stock_keras():
-    import keras
-
-    return keras
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_stock_keras_opens_a_shipped_model_and_agrees(stock_keras, path):
-    assert_agrees_with_keras(stock_keras, path)
-
-
-def test_stock_keras_opens_a_trained_model_and_agrees(stock_keras, trained):
-    assert_agrees_with_keras(stock_keras, trained[0] / "incognito_model.h5")
-
-
-def assert_agrees_with_keras(keras, path):
-    network = keras.models.load_model(path)
+@pytest.mark.parametrize("path", [*SHIPPED, None], ids=lambda path: path and path.stem)
+def test_stock_keras_opens_a_file_and_agrees(stock_keras, trained, path):
+    path = path or trained[0] / "incognito_model.h5"
+    network = stock_keras.models.load_model(path)
     ours, _ = model.load(path)
-    rng = np.random.default_rng(0)
-    texts = list(ours.sample(count=20, seed=rng)) + list(
-        ours.sample(count=20, seed=rng, temperature=3, max_len=60)
-    )
-    for text in texts:
-        ids = [0, *ours.alphabet.encode(text)]
-        one_hot = np.eye(len(ours.alphabet), dtype=np.float32)[ids]
-        expected = network.predict(one_hot[None], verbose=0)[0]
-        np.testing.assert_allclose(predict(ours, text), expected, rtol=0, atol=1e-5)
+    texts = [*ours.sample(count=20, seed=0), *ours.sample(count=20, temperature=3, max_len=60)]
+    ids = np.zeros((40, 61), int)
+    for row, text in zip(ids, texts):
+        row[1 : len(text) + 1] = ours.alphabet.encode(text)
+    predicted = network.predict(np.eye(len(ours.alphabet), dtype=np.float32)[ids], verbose=0)
+    for text, expected in zip(texts, predicted):
+        np.testing.assert_allclose(predict(ours, text), expected[: len(text) + 1], atol=1e-5)
 
 
 def test_a_loaded_file_is_a_compiled_model_that_learns_on(stock_keras, trained):
@@ -201,24 +201,6 @@ def test_a_loaded_file_is_a_compiled_model_that_learns_on(stock_keras, trained):
 # Sampling
 
 
-def shape_by_hand(logits, temperature, top_k, top_p):
-    """The distribution by its definition, a character at a time."""
-    likelihoods = [math.exp((logit - max(logits)) / temperature) for logit in logits]
-    ranked = sorted(range(len(logits)), key=lambda index: -likelihoods[index])[:top_k]
-    total = sum(likelihoods[index] for index in ranked)
-    kept = []
-    for index in ranked:
-        if (
-            kept
-            and top_p is not None
-            and sum(likelihoods[other] for other in kept) / total >= top_p
-        ):
-            break
-        kept.append(index)
-    total = sum(likelihoods[index] for index in kept)
-    return [likelihoods[index] / total if index in kept else 0 for index in range(len(logits))]
-
-
 SHAPES = [
     {},
     {"temperature": 0.5},
@@ -232,14 +214,26 @@ SHAPES = [
 ]
 
 
+def shape_by_hand(logits, temperature=1.0, top_k=None, top_p=None):
+    """The distribution by its definition, a character at a time."""
+    likelihoods = [math.exp((logit - max(logits)) / temperature) for logit in logits]
+    ranked = sorted(range(len(logits)), key=lambda index: -likelihoods[index])[:top_k]
+    total = sum(likelihoods[index] for index in ranked)
+    kept = {}
+    for index in ranked:
+        if kept and top_p is not None and sum(kept.values()) / total >= top_p:
+            break
+        kept[index] = likelihoods[index]
+    return [kept.get(index, 0) / sum(kept.values()) for index in range(len(logits))]
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_distribution_is_shaped_as_the_field_does(shape):
     rng = np.random.default_rng(0)
     logits = rng.normal(scale=2, size=(200, 9)).astype(np.float32)
     logits[:50] = logits[:50].round()  # with equals
     found = model.distribution(logits, **shape)
-    complete = {"temperature": 1.0, "top_k": None, "top_p": None} | shape
-    expected = [shape_by_hand(row, **complete) for row in logits.tolist()]
+    expected = [shape_by_hand(row, **shape) for row in logits.tolist()]
     np.testing.assert_allclose(found, expected, atol=1e-12)
     np.testing.assert_allclose(found.sum(axis=1), 1)
 
@@ -248,7 +242,11 @@ def test_the_distribution_is_shaped_as_the_field_does(shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_next_character_follows_the_distribution(prompt, shape):
     invented = random_model("\nabcdefgh")
-    probabilities = model.distribution(invented.read(prompt)[0][-1], **shape)
+    probabilities = predict(invented, prompt)[-1]
+    if not prompt:  # no sequence is empty
+        probabilities[0] = 0
+    with np.errstate(divide="ignore"):
+        probabilities = model.distribution(np.log(probabilities / probabilities.sum()), **shape)
     texts = invented.sample(prompt, 20_000, **shape, max_len=len(prompt) + 1, seed=7)
     following = [text[len(prompt) :] for text in texts]
     counts = [following.count("")] + [following.count(c) for c in "abcdefgh"]
@@ -256,51 +254,41 @@ def test_the_next_character_follows_the_distribution(prompt, shape):
     assert_frequencies(counts, probabilities)
 
 
-def test_whole_sequences_follow_the_distribution():
+@pytest.mark.parametrize("prompt", ["", "b"])
+def test_whole_sequences_follow_the_distribution(prompt):
     invented = random_model("\nabc", max_len=3, scale=0.7)
-    probabilities = enumerate_sequences(invented)
+    probabilities = enumerate_sequences(invented, prompt)
     assert sum(probabilities.values()) == pytest.approx(1)
-    texts = list(invented.sample(count=30_000, seed=3))
+    not_empty = 1 if prompt else 1 - predict(invented, "")[0, 0]
+    for text, probability in probabilities.items():
+        rows = predict(invented, text)
+        ids = [*invented.alphabet.encode(text), 0]
+        steps = range(len(prompt), len(text) + (len(text) < 3))
+        expected = math.prod(rows[step, ids[step]] for step in steps) / not_empty
+        assert probability == pytest.approx(expected, rel=1e-5)
+    texts = list(invented.sample(prompt, 30_000, seed=3))
     assert set(texts) <= set(probabilities)
     assert_frequencies([texts.count(text) for text in probabilities], list(probabilities.values()))
 
 
-def test_invented_sequences_come_with_the_predictions_they_were_drawn_from():
-    models = [random_model("\nab", max_len=3, seed=seed) for seed in (0, 1)]
-    corpus = model.invent(models, 20_000, 4, seed=3)
-    texts = [corpus.alphabet.decode(row[row > 0]) for row in corpus.rows]
-    probabilities = {"": 1.0}
-    expected = {}
-    for _ in range(4):
-        longer = {}
-        for text, share in probabilities.items():
-            mean = sum(model.distribution(each.read(text)[0][-1]) for each in models) / 2
-            if not text:
-                mean = np.array([0, *mean[1:]]) / mean[1:].sum()
-            first = texts.index(text) if text in texts else None
-            if first is not None:
-                np.testing.assert_allclose(corpus.predictions[first, len(text)], mean, atol=1e-6)
-            expected[text] = share * mean[0]
-            longer |= {text + symbol: share * p for symbol, p in zip("ab", mean[1:])}
-        probabilities = longer
-    expected |= probabilities  # cut, since four targets are all they may have
-    counts = collections.Counter(texts)
-    assert_frequencies([counts[text] for text in expected], list(expected.values()))
-    for text, targets, complete in zip(texts, corpus.targets, corpus.complete):
-        assert complete == (len(text) < 4)
-        assert targets == len(text) + complete
-    again = model.invent(models, 20_000, 4, seed=3)
-    assert again.rows.tobytes() == corpus.rows.tobytes()
-    assert again.predictions.tobytes() == corpus.predictions.tobytes()
-
-
 def test_temperature_0_takes_the_likeliest_and_near_0_tends_to_it():
     invented = random_model("\nabcdef", max_len=12)
-    expected = ""
-    while len(expected) < 12 and (best := invented.read(expected)[0][-1].argmax()):
-        expected += invented.alphabet.symbols[best]
+    symbols = invented.alphabet.symbols
+    expected = symbols[1 + predict(invented, "")[0, 1:].argmax()]
+    while len(expected) < 12 and (best := predict(invented, expected)[-1].argmax()):
+        expected += symbols[best]
     for temperature in (0, 1e-9, 1e-320):
         assert set(invented.sample(count=5, temperature=temperature)) == {expected}
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"temperature": 0}, {"temperature": 9}, {"top_k": 1}, {"top_p": 0.0}], ids=str
+)
+def test_no_sequence_is_empty_however_likely_its_end_is(shape):
+    invented = random_model("\nabc")
+    invented.weights[-1][0] += 1000
+    assert set(map(len, invented.sample(count=500, **shape))) == {1}
+    assert set(invented.sample("ab", 500, **shape)) == {"ab"}
 
 
 def test_a_larger_count_begins_with_the_sequences_of_a_smaller_one():
@@ -320,12 +308,12 @@ def test_a_larger_max_len_goes_on_with_the_sequences_of_a_smaller_one():
     assert max(map(len, long)) > 5
 
 
-@pytest.mark.parametrize("batch", [1, 7, 64])
+@pytest.mark.parametrize("batch", [1, 64])
 def test_a_seed_gives_the_same_sequences_whatever_the_batch_size(monkeypatch, batch):
     trained, _ = model.load(SHIPPED[1])
-    expected = list(trained.sample("S", 300, seed=2))
+    expected = list(trained.sample("S", 130, seed=2))
     monkeypatch.setattr(model, "BATCH", batch)
-    assert list(trained.sample("S", 300, seed=2)) == expected
+    assert list(trained.sample("S", 130, seed=2)) == expected
 
 
 @pytest.mark.parametrize("max_len", [1, 2, 7, 200])
@@ -349,7 +337,7 @@ def test_a_prompt_longer_than_max_len_is_an_error():
 
 def test_a_failed_save_leaves_the_file_as_it_was(tmp_path, stock_keras):
     path = tmp_path / "model.h5"
-    network = model.build_network(3, units=2, layers=1, dropout=0.0)
+    network = build(stock_keras, 3, units=2, layers=1)
     network.compile(loss="sparse_categorical_crossentropy")
     metadata = {"alphabet": "\nab", "max_len": 4, "units": 2, "layers": 1}
     model.save(path, network, network.get_weights(), metadata)
@@ -366,7 +354,7 @@ def test_a_failed_save_leaves_the_file_as_it_was(tmp_path, stock_keras):
 
 def test_an_alphabet_of_any_size_is_kept(tmp_path, stock_keras):
     symbols = "\n" + "".join(map(chr, range(0x4E00, 0x4E00 + 20_000)))
-    network = model.build_network(len(symbols), units=1, layers=1, dropout=0.0)
+    network = build(stock_keras, len(symbols), units=1, layers=1)
     network.compile(loss="sparse_categorical_crossentropy")
     metadata = {"alphabet": symbols, "max_len": 4, "units": 1, "layers": 1}
     model.save(tmp_path / "model.h5", network, network.get_weights(), metadata)
@@ -385,105 +373,129 @@ def set_metadata(**changes):
     return tamper
 
 
+def replace_metadata(value):
+    return lambda file: file.attrs.create(model.METADATA, value)
+
+
 def replace_kernel(make):
     def tamper(file):
         kernel = file[KERNEL][()]
         del file[KERNEL]
-        make(file, kernel)
+        file[KERNEL] = make(file, kernel)
 
     return tamper
 
 
-def borrow(path):
-    """The layout of an array without an end in another file, here one that nobody writes."""
+def store_kernel(**options):
+    def tamper(file):
+        kernel = file.pop(KERNEL)
+        file.create_dataset(KERNEL, kernel.shape, kernel.dtype, **options)
+
+    return tamper
+
+
+def set_weight(value):
+    return lambda file: file[KERNEL].__setitem__((0, 0), value)
+
+
+def borrow_kernel(file):
+    """Puts an array without an end from another file there, here one that nobody writes."""
+    del file[KERNEL]
+    path = file.filename + ".pipe"
     os.mkfifo(path)
     layout = h5py.VirtualLayout((39, 128), np.float32, maxshape=(None, 128))
     source = h5py.VirtualSource(path, "x", (39, 128), np.float32, maxshape=(None, 128))
     layout[: h5py.h5s.UNLIMITED, :] = source[: h5py.h5s.UNLIMITED, :]
-    return layout
+    file.create_virtual_dataset(KERNEL, layout)
 
 
+WRONG = [
+    {"format": 3},
+    {"alphabet": None},
+    {"alphabet": "\naa"},
+    {"alphabet": "\na\ud800"},
+    {"alphabet": "\nab"},
+    {"max_len": None},
+    {"max_len": True},
+    {"max_len": 10**30},
+    {"units": 0},
+    {"units": 2**20},
+    {"layers": 2**20},
+    {"layers": 2},
+]
 TAMPERED = {
+    **{str(change): set_metadata(**change) for change in WRONG},
     "no metadata": lambda file: file.attrs.pop(model.METADATA),
-    "metadata of another type": lambda file: file.attrs.create(model.METADATA, 3),
-    "metadata of variable size": lambda file: file.attrs.create(model.METADATA, "{}"),
-    "metadata not JSON": lambda file: file.attrs.create(model.METADATA, np.bytes_("{")),
-    "metadata not UTF-8": lambda file: file.attrs.create(model.METADATA, np.bytes_(b'"\xff"')),
-    "metadata not an object": lambda file: file.attrs.create(model.METADATA, np.bytes_("[]")),
-    "metadata too deep": lambda file: file.attrs.create(model.METADATA, np.bytes_("[" * 60_000)),
-    "another format": set_metadata(format=2),
-    "no alphabet": set_metadata(alphabet=None),
-    "a character twice": set_metadata(alphabet="\naa"),
-    "a lone surrogate": set_metadata(alphabet="\na\ud800"),
-    "another alphabet size": set_metadata(alphabet="\nab"),
-    "no max_len": set_metadata(max_len=None),
-    "a true max_len": set_metadata(max_len=True),
-    "a huge max_len": set_metadata(max_len=10**30),
-    "units below 1": set_metadata(units=0),
-    "huge units": set_metadata(units=2**20),
-    "huge layers": set_metadata(layers=2**20),
-    "other layers": set_metadata(layers=2),
+    "metadata of another type": replace_metadata(3),
+    "metadata of variable size": replace_metadata("{}"),
+    "metadata not JSON": replace_metadata(np.bytes_("{")),
+    "metadata not UTF-8": replace_metadata(np.bytes_(b'"\xff"')),
+    "metadata not an object": replace_metadata(np.bytes_("[]")),
+    "metadata too deep": replace_metadata(np.bytes_("[" * 60_000)),
+    "metadata too long": set_metadata(more="x" * model.METADATA_SIZE),
     "no weights": lambda file: file.pop("model_weights"),
     "no kernel": lambda file: file.pop(KERNEL),
-    "a group for a kernel": replace_kernel(lambda file, _: file.create_group(KERNEL)),
-    "a flat kernel": replace_kernel(lambda file, x: file.create_dataset(KERNEL, data=x.ravel())),
-    "a double kernel": replace_kernel(
-        lambda file, x: file.create_dataset(KERNEL, data=x.astype(float))
-    ),
-    "text for a kernel": replace_kernel(lambda file, _: file.create_dataset(KERNEL, data="text")),
-    "a chunked kernel": replace_kernel(
-        lambda file, x: file.create_dataset(KERNEL, data=x, compression="gzip")
-    ),
-    "a kernel elsewhere": replace_kernel(
-        lambda file, x: file.create_dataset(
-            KERNEL, x.shape, x.dtype, external=[("/dev/zero", 0, h5py.h5f.UNLIMITED)]
-        )
-    ),
-    "a kernel from another file": replace_kernel(
-        lambda file, x: file.create_virtual_dataset(KERNEL, borrow(file.filename + ".pipe"))
-    ),
-    "a soft link": replace_kernel(
-        lambda file, _: file.__setitem__(KERNEL, h5py.SoftLink("/model_weights/lstm_2/kernel"))
-    ),
-    "an external link": replace_kernel(
-        lambda file, _: file.__setitem__(KERNEL, h5py.ExternalLink(file.filename, KERNEL))
-    ),
-    "NaN": lambda file: file[KERNEL].__setitem__((0, 0), np.nan),
-    "infinity": lambda file: file[KERNEL].__setitem__((0, 0), np.inf),
+    "a group for a kernel": lambda file: (file.pop(KERNEL), file.create_group(KERNEL)),
+    "a flat kernel": replace_kernel(lambda file, x: x.ravel()),
+    "a double kernel": replace_kernel(lambda file, x: x.astype(float)),
+    "text for a kernel": replace_kernel(lambda file, x: "text"),
+    "a soft link": replace_kernel(lambda file, x: h5py.SoftLink("/model_weights/lstm_2/kernel")),
+    "an external link": replace_kernel(lambda file, x: h5py.ExternalLink(file.filename, KERNEL)),
+    "a chunked kernel": store_kernel(compression="gzip"),
+    "a kernel never written": store_kernel(),
+    "a kernel elsewhere": store_kernel(external=[("/dev/zero", 0, h5py.h5f.UNLIMITED)]),
+    "a kernel from another file": borrow_kernel,
+    "NaN": set_weight(np.nan),
+    "infinity": set_weight(np.inf),
+    "a weight that would overflow": set_weight(1e31),
 }
 
 
-@pytest.mark.parametrize("tamper", TAMPERED.values(), ids=TAMPERED)
-def test_a_file_that_is_not_a_whole_model_is_refused(tmp_path, trained, tamper):
+@pytest.fixture
+def copy(tmp_path, trained):
     path = tmp_path / "model.h5"
     path.write_bytes((trained[0] / "incognito_model.h5").read_bytes())
-    model.load(path)
-    with h5py.File(path, "r+") as file:
+    return path
+
+
+@pytest.mark.parametrize("tamper", TAMPERED.values(), ids=TAMPERED)
+def test_a_file_that_is_not_a_whole_model_is_refused(copy, tamper):
+    model.load(copy)
+    with h5py.File(copy, "r+") as file:
         tamper(file)
     with pytest.raises(ValueError, match=NOT_A_MODEL) as caught:
-        model.load(path)
+        model.load(copy)
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_of_the_first_format_is_read(copy):
+    expected, _ = model.load(copy)
+    with h5py.File(copy, "r+") as file:
+        set_metadata(format=1)(file)
+    found, metadata = model.load(copy)
+    assert metadata["format"] == 1
+    assert list(found.sample(count=9, seed=0)) == list(expected.sample(count=9, seed=0))
+
+
 @pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.6, 0.999])
-def test_a_truncated_file_is_refused(tmp_path, trained, share):
-    content = (trained[0] / "incognito_model.h5").read_bytes()
-    path = tmp_path / "model.h5"
-    path.write_bytes(content[: int(share * len(content))])
+def test_a_truncated_file_is_refused(copy, share):
+    content = copy.read_bytes()
+    copy.write_bytes(content[: int(share * len(content))])
     with pytest.raises(ValueError, match=NOT_A_MODEL):
-        model.load(path)
+        model.load(copy)
 
 
-def test_arrays_that_share_their_bytes_are_refused(tmp_path, trained):
-    path = tmp_path / "model.h5"
-    path.write_bytes((trained[0] / "incognito_model.h5").read_bytes())
-    with h5py.File(path, "r+") as file:
+@pytest.mark.parametrize(
+    ("count", "message"), [(60, "claim more bytes than it has"), (65, "more of a training state")]
+)
+def test_arrays_that_share_their_bytes_are_refused(copy, count, message):
+    with h5py.File(copy, "r+") as file:
         state = file[model.TRAINING_STATE]
         largest = max(state.values(), key=lambda array: array.nbytes)
-        for index in range(len(state), 60):
+        for index in range(len(state), count):
             state[str(index)] = largest
-    with pytest.raises(ValueError, match="claim more bytes than it has"):
-        model.load_training_state(path)
+    with pytest.raises(ValueError, match=message):
+        model.load_training_state(copy)
 
 
 def test_a_pipe_is_refused_at_once(tmp_path):

@@ -41,15 +41,10 @@ def load_module(path):
 
 
 def invent(makemore, sequences):
-    """Trains makemore's transformer.
+    """Trains makemore's transformer on a list of str.
 
-    Args:
-        makemore: the module.
-        sequences: list of str.
-
-    Returns:
-        Tuple of the lowest loss on the tenth that it held out, in nats per
-        character, and 10,000 sequences that the weights of that moment invent.
+    Returns the lowest loss on the tenth that it held out, in nats per character,
+    and 10,000 sequences that the weights of that moment invent.
     """
     torch.manual_seed(SEED)
     characters, longest = sorted(set("".join(sequences))), max(map(len, sequences))
@@ -98,10 +93,10 @@ def main():
         print(f"{stem}:")
         sequences = build.read_list(stem)
         loss, texts = invent(makemore, sequences)
-        known = build.read_known_words() if stem == build.WORDS else None
-        shares = build.count_invented(texts, sequences, known)
+        shares = *build.count_invented(stem, sequences, texts), texts.count("") / len(texts)
+        names = "new", "different", *["known"] * (len(shares) == 4), "empty"
         print(f"  lowest loss on the tenth held out: {loss:.3f} nats per character")
-        for name, share in shares.items():
+        for name, share in zip(names, shares):
             print(f"  {name}: {share:.2%}")
 
 

@@ -1,12 +1,13 @@
 """Times how fast sequences are invented, against PyTorch and Keras with the same weights.
 
     pip install -r tests/benchmarks/requirements.txt
-    python tests/benchmarks/sampling.py [WEIGHTS_PATH]
+    python tests/benchmarks/sampling.py [--weights_path PATH] [--against DIR]
 
-Without a WEIGHTS_PATH it first trains 3 × 256 units on the shipped user names
-for two epochs. Every figure is the median of several rounds, and each ratio the
-median of the ratios within a round, because machines drift. All use two threads.
-PyTorch's build for machines without a GPU is enough.
+Without a PATH it first trains 3 × 256 units on the shipped user names for two
+epochs. DIR is another checkout, whose model.py invents in the same rounds. Every
+figure is the median of several rounds, and each ratio the median of the ratios
+within a round, because machines drift. All use two threads. PyTorch's build for
+machines without a GPU is enough.
 """
 
 import os
@@ -16,6 +17,8 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = str(THREADS)  # read when the libraries are loaded
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
+import argparse  # noqa: E402
+import importlib.util  # noqa: E402
 import pathlib  # noqa: E402
 import statistics  # noqa: E402
 import subprocess  # noqa: E402
@@ -27,25 +30,23 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-import model  # noqa: E402 - found by the line above
-
 RECIPE = (
-    "train.py --loader_class UserNameLoader "
-    "--sequence_path pre_trained_models/user_names_10000.csv "
+    "train.py --sequence_path pre_trained_models/user_names_10000.csv "
     "--units 256 --layers 3 --batch_size 64 --learning_rate 0.003 --epochs 2 --save_path"
 )
-ROUNDS = 7
-COUNT = 10_000
+ONE_BY_ONE = 20
+
+
+def load_model(folder, path):
+    """Returns a `SequenceModel` of the model.py in a folder, and its metadata."""
+    spec = importlib.util.spec_from_file_location(f"model in {folder}", folder / "model.py")
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.load(path)
 
 
 class Peer(torch.nn.Module):
-    """The same network in PyTorch.
-
-    Args:
-        trained: `model.SequenceModel`.
-    """
+    """The same network in PyTorch, made from a `SequenceModel`."""
 
     def __init__(self, trained):
         super().__init__()
@@ -53,15 +54,13 @@ class Peer(torch.nn.Module):
         characters, units, layers = len(trained.alphabet), len(kernel), len(lstm) // 3
         self.lstm = torch.nn.LSTM(characters, units, layers, batch_first=True)
         self.dense = torch.nn.Linear(units, characters)
+        values = dict(self.named_parameters())
         with torch.no_grad():
             for layer in range(layers):
-                mine = (
-                    getattr(self.lstm, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh")
-                )
-                for ours, theirs in zip(mine, lstm[3 * layer :]):
-                    ours.copy_(theirs.T)
-                getattr(self.lstm, f"bias_ih_l{layer}").copy_(lstm[3 * layer + 2])
-                getattr(self.lstm, f"bias_hh_l{layer}").zero_()
+                values[f"lstm.weight_ih_l{layer}"].copy_(lstm[3 * layer].T)
+                values[f"lstm.weight_hh_l{layer}"].copy_(lstm[3 * layer + 1].T)
+                values[f"lstm.bias_ih_l{layer}"].copy_(lstm[3 * layer + 2])
+                values[f"lstm.bias_hh_l{layer}"].zero_()
             self.dense.weight.copy_(kernel.T)
             self.dense.bias.copy_(bias)
         self.characters = characters
@@ -75,17 +74,9 @@ class Peer(torch.nn.Module):
 
 @torch.inference_mode()
 def sample_in_torch(peer, count, batch, max_len, leave):
-    """Invents sequences as a PyTorch program would.
+    """Invents sequences as a PyTorch program would; those that ended may leave the batch.
 
-    Args:
-        peer: `Peer`.
-        count: int, how many sequences.
-        batch: int, how many at a time.
-        max_len: int, the longest sequence.
-        leave: bool, whether those that have ended leave the batch.
-
-    Returns:
-        Int, how many characters and ends were drawn.
+    Returns how many characters and ends were drawn, an int.
     """
     drawn = 0
     for start in range(0, count, batch):
@@ -105,93 +96,87 @@ def sample_in_torch(peer, count, batch, max_len, leave):
     return drawn
 
 
-def sample_in_keras(network, trained, characters):
+def sample_in_keras(network, characters, alphabet_size):
     """Predicts a character after the other, all of the sequence so far at each call."""
     ids = [0]
     for _ in range(characters):
-        one_hot = np.eye(len(trained.alphabet), dtype=np.float32)[ids]
-        network.predict(one_hot[None], verbose=0)
+        network.predict(np.eye(alphabet_size, dtype=np.float32)[ids][None], verbose=0)
         ids = [*ids, 1] if len(ids) < 12 else [0]
+    return characters
 
 
-def count_drawn(trained, texts):
-    """Returns how many characters and ends were drawn for these texts, an int."""
+def sample_in_numpy(trained, count, times=1):
+    """Invents sequences so many times, and returns how many characters and ends were drawn."""
+    texts = [text for _ in range(times) for text in trained.sample(count=count)]
     return sum(len(text) + (len(text) < trained.max_len) for text in texts)
 
 
-def time_it(function):
-    """Returns what a function returns, and how many seconds it took."""
-    start = time.perf_counter()
-    result = function()
-    return result, time.perf_counter() - start
+def multiply(square, result):
+    """Multiplies two matrices, and returns how many floating-point operations that takes."""
+    np.matmul(square, square, out=result)
+    return 2 * len(square) ** 3
 
 
 def main():
     """Prints the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--weights_path")
+    parser.add_argument("--against", metavar="DIR", type=pathlib.Path)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--count", type=int, default=10_000)
+    args = parser.parse_args()
     torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as folder:
-        path = sys.argv[1] if len(sys.argv) > 1 else os.path.join(folder, "names.h5")
-        if len(sys.argv) < 2:
+        path = args.weights_path or os.path.join(folder, "names.h5")
+        if not args.weights_path:
             subprocess.run([sys.executable, *RECIPE.split(), path], cwd=ROOT, check=True)
         import keras
 
-        trained, metadata = model.load(path)
+        trained, metadata = load_model(ROOT, path)
+        other, _ = load_model(args.against, path) if args.against else (None, None)
         network = keras.models.load_model(path)
     peer = Peer(trained)
     logits, _ = trained.read("Al")
     theirs, _ = peer.lstm(torch.eye(peer.characters)[[0, *trained.alphabet.encode("Al")]][None])
     np.testing.assert_allclose(logits, peer.dense(theirs[0, -1:]).detach(), atol=1e-4)
+    square = np.random.default_rng(0).random((2048, 2048), np.float32)
 
+    # Each returns how much it did.
+    product, ours, single = "a product of 2048 × 2048", "ours", "ours, one by one"
+    work = {
+        product: (multiply, square, np.empty_like(square)),
+        ours: (sample_in_numpy, trained, args.count),
+        single: (sample_in_numpy, trained, 1, ONE_BY_ONE),
+    }
+    if other:
+        work[f"{args.against}"] = sample_in_numpy, other, args.count
+        work[f"{args.against}, one by one"] = sample_in_numpy, other, 1, ONE_BY_ONE
+    for leave in (False, True):
+        for size in (256, 1024, args.count):
+            name = f"PyTorch, batch {size}" + ", ended ones leave" * leave
+            work[name] = sample_in_torch, peer, args.count, size, trained.max_len, leave
+    work["Keras predict, one by one"] = sample_in_keras, network, 24, peer.characters
+    rounds = []
+    for number in range(args.rounds + 1):  # the first only warms up
+        rounds.append({})
+        for name, (function, *arguments) in work.items():
+            start = time.perf_counter()
+            done = function(*arguments)
+            rounds[-1][name] = done / (time.perf_counter() - start)
+        print(f"round {number} of {args.rounds}", file=sys.stderr)
+
+    def median(name, divisor=None):
+        return statistics.median(r[name] / (r[divisor] if divisor else 1) for r in rounds[1:])
+
+    print(f"{metadata['layers']} × {metadata['units']} units, {args.count:,} sequences")
+    for name in list(work)[1:]:
+        base = single if "one by one" in name else ours
+        ratio = "" if name == base else f"; {base} is {median(base, name):.2f} times as fast"
+        print(f"{median(name):12,.0f} characters/s  {name}{ratio}")
     # Operations a character: two for each weight but those that a one-hot row only selects.
     operations = 2 * sum(weights.size for weights in trained.weights[1:] if weights.ndim == 2)
-    square = np.random.default_rng(0).random((2048, 2048), np.float32)
-    result = np.empty_like(square)
-    sizes = (256, 1024, COUNT)
-    one_by_one = 20
-
-    rounds = []
-    for number in range(ROUNDS + 1):  # the first only warms up
-        figures = {}
-        _, seconds = time_it(lambda: np.matmul(square, square, out=result))
-        peak = 2 * 2048**3 / seconds
-        texts, seconds = time_it(lambda: list(trained.sample(count=COUNT)))
-        figures["ours"] = count_drawn(trained, texts) / seconds
-        figures["share"] = figures["ours"] * operations / peak
-        figures["peak"] = peak / 1e9
-        for leave in (False, True):
-            for size in sizes:
-                drawn, seconds = time_it(
-                    lambda size=size, leave=leave: sample_in_torch(
-                        peer, COUNT, size, trained.max_len, leave
-                    )
-                )
-                name = "torch, ended ones leave" if leave else "torch"
-                figures[f"{name}, batch {size}"] = drawn / seconds
-        texts, seconds = time_it(
-            lambda: [text for _ in range(one_by_one) for text in trained.sample()]
-        )
-        figures["ours, one by one"] = count_drawn(trained, texts) / seconds
-        _, seconds = time_it(lambda: sample_in_keras(network, trained, 24))
-        figures["keras predict"] = 24 / seconds
-        rounds.append(figures)
-        print(f"round {number} of {ROUNDS}", file=sys.stderr)
-
-    def median(name):
-        return statistics.median(figures[name] for figures in rounds[1:])
-
-    def report(name, ours):
-        ratio = statistics.median(figures[ours] / figures[name] for figures in rounds[1:])
-        print(f"{median(name):12,.0f} characters/s  {name}; {ours} is {ratio:.2f} times as fast")
-
-    print(f"{metadata['layers']} × {metadata['units']} units, {COUNT:,} sequences")
-    print(f"{median('ours'):12,.0f} characters/s  ours")
-    for name in rounds[0]:
-        if name.startswith("torch"):
-            report(name, "ours")
-    print(f"{median('ours, one by one'):12,.0f} characters/s  ours, one by one")
-    report("keras predict", "ours, one by one")
-    print(f"{median('peak'):12,.0f} GFLOP/s  a product of two matrices of 2048 × 2048")
-    print(f"{median('share'):12.2f}  of that while ours invents")
+    print(f"{median(product) / 1e9:12,.0f} GFLOP/s  {product}")
+    print(f"{median(ours, product) * operations:12.2f}  of that while ours invents")
 
 
 if __name__ == "__main__":

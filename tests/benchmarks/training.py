@@ -1,21 +1,19 @@
 """Times how fast train.py learns, against Keras's own fit and against PyTorch.
 
     pip install -r tests/benchmarks/requirements.txt
-    python tests/benchmarks/training.py [SPLITS]
+    python tests/benchmarks/training.py [--against DIR] [--sizes NUMBER ...] [--no_peers]
 
-Each peer trains the same network on the same sequences in a process of its own,
-with two threads; a round runs all of them one after the other. Every figure is
-the median over the rounds of the median epoch after the first, and each ratio
-the median of the ratios within a round, because machines drift. train.py drops
-units out as it does by default; the peers, which that would slow down several
-times, don't. PyTorch's build for machines without a GPU is enough.
-
-SPLITS is a folder with english_words_train.txt, english_words_test.txt,
-user_names_train.csv and user_names_test.csv. With it, the last lines are how long
-train.py takes, from start to exit, to learn the first of each pair so well that
-it predicts the second with the given loss.
+DIR is another checkout, whose train.py takes part in each round. NUMBER is 0, 1 or
+2, to measure only some of the sizes; --no_peers measures train.py alone. Each
+program trains the same network on the same sequences in a process of its own, with
+two threads; a round runs all of them one after the other. Every figure is the
+median over the rounds of the median epoch after the first, and each ratio the
+median of the ratios within a round, because machines drift. train.py drops units
+out as it does by default; the others, which that would slow down several times,
+don't. PyTorch's build for machines without a GPU is enough.
 """
 
+import argparse
 import csv
 import json
 import os
@@ -28,33 +26,34 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+LISTS = ROOT / "pre_trained_models"
 THREADS = "2"
-NAMES = ROOT / "pre_trained_models" / "user_names_10000.csv"
-ROUNDS = 3
-# The command line of train.py for each size, and what the peers need to know of it.
-SIZES = {
-    "3 × 32, batch 32": (
-        "--num_sequences 1000 --max_len 8 --units 32 --layers 3 --batch_size 32 --epochs 10",
-        {"units": 32, "layers": 3, "batch": 32, "max_len": 8, "epochs": 10, "count": 1000},
-    ),
-    "3 × 256, batch 128": (
-        "--max_len 24 --units 256 --layers 3 --batch_size 128 --learning_rate 0.003 --epochs 3",
-        {"units": 256, "layers": 3, "batch": 128, "max_len": 24, "epochs": 3, "count": None},
-    ),
-}
-REACH = {
-    "english_words": (2.13, "test.txt", "train.txt", "--epochs 5"),
-    "user_names": (2.91, "test.csv", "train.csv", "--loader_class UserNameLoader --epochs 2"),
-}
+# The flags of train.py for each size but the file, which the other programs need to know too.
+SIZES = [
+    dict(num_sequences=1000, max_len=8, units=32, layers=3, batch_size=32, epochs=10),
+    dict(num_sequences=5000, max_len=32, units=128, layers=2, batch_size=32, epochs=4),
+    dict(max_len=24, units=256, layers=3, batch_size=128, epochs=3, learning_rate=0.003),
+]
+FILES = "frequent.txt", "words.txt", "names.txt"
+
+
+def write_lists(folder):
+    """Writes the `FILES` into a folder."""
+    import wordfreq
+
+    with open(LISTS / "user_names_10000.csv", encoding="utf-8", newline="") as file:
+        names = [row[0] for row in csv.reader(file)][1:]
+    words = (LISTS / "english_words_5000.txt").read_text(encoding="utf-8").split("\n")
+    for name, lines in zip(FILES, (wordfreq.top_n_list("en", 1000), words, names)):
+        pathlib.Path(folder, name).write_text("\n".join(lines), encoding="utf-8")
 
 
 def read(path, size):
     """Returns one-hot inputs, targets and weights of all sequences, padded to one length."""
     import numpy as np
 
-    with open(path, encoding="utf-8") as file:
-        lines = file.read().split("\n")[: size["count"]]
-    lines = [line[: size["max_len"]] for line in lines if line]
+    lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+    lines = [line[: size["max_len"]] for line in lines if line][: size.get("num_sequences")]
     alphabet = "\n" + "".join(sorted(set("".join(lines))))
     length = max(map(len, lines)) + 1
     rows = np.zeros((len(lines), length + 1), np.int64)
@@ -76,19 +75,12 @@ def train_in_keras(path, size):
     network.add(keras.layers.Dense(inputs.shape[2], activation="softmax"))
     network.compile("adam", "sparse_categorical_crossentropy")
     times = []
-    times_epochs = keras.callbacks.LambdaCallback(
+    clock = keras.callbacks.LambdaCallback(
         on_epoch_begin=lambda epoch, logs: times.append(time.perf_counter()),
         on_epoch_end=lambda epoch, logs: times.append(time.perf_counter()),
     )
-    network.fit(
-        inputs,
-        targets,
-        batch_size=size["batch"],
-        epochs=size["epochs"],
-        sample_weight=weights,
-        verbose=0,
-        callbacks=[times_epochs],
-    )
+    options = {"batch_size": size["batch_size"], "epochs": size["epochs"], "callbacks": [clock]}
+    network.fit(inputs, targets, sample_weight=weights, verbose=0, **options)
     return [end - start for start, end in zip(times[::2], times[1::2])], len(inputs)
 
 
@@ -108,7 +100,7 @@ def train_in_torch(path, size, trim=False):
     seconds = []
     for _ in range(size["epochs"]):
         start = time.perf_counter()
-        for chosen in torch.randperm(len(inputs)).split(size["batch"]):
+        for chosen in torch.randperm(len(inputs)).split(size["batch_size"]):
             longest = lengths[chosen].max() if trim else inputs.shape[1]
             logits = dense(lstm(inputs[chosen, :longest])[0])
             goals = targets[chosen, :longest]
@@ -127,140 +119,107 @@ PEERS = {
 }
 
 
-def environment(backend="tensorflow"):
-    """Returns the environment of a process of this benchmark."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    return {
-        **os.environ,
-        **dict.fromkeys(names, THREADS),
-        "KERAS_BACKEND": backend,
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
+def run(*command, backend="tensorflow", folder=None):
+    """Runs Python and returns what it prints, a str, and the seconds that it took, a float."""
+    threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment |= dict.fromkeys(threads, THREADS)
+    options = {"env": environment, "cwd": folder, "capture_output": True, "text": True}
+    start = time.perf_counter()
+    process = subprocess.run([sys.executable, *command], **options)
+    if process.returncode:
+        sys.exit(process.stderr)
+    return process.stdout, time.perf_counter() - start
 
 
 def time_peer(name, path, size):
     """Returns a peer's sequences a second after the first epoch."""
-    process = subprocess.run(
-        [sys.executable, __file__, "--peer", name, path, json.dumps(size)],
-        env=environment(),
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    seconds, count = json.loads(process.stdout)
+    shown, _ = run(__file__, "--peer", name, path, json.dumps(size))
+    seconds, count = json.loads(shown)
     return count / statistics.median(seconds[1:])
 
 
-def time_ours(path, flags, backend):
+def make_command(folder, path, size):
+    """Returns the command line, a list of str, of the train.py in a folder."""
+    flags = (str(part) for name, value in size.items() for part in (f"--{name}", value))
+    return [f"{folder}/train.py", "--sequence_path", path, "--overwrite", *flags]
+
+
+def time_ours(folder, path, size, backend="tensorflow"):
     """Returns train.py's sequences a second after the first epoch, as it prints them."""
-    with tempfile.TemporaryDirectory() as folder:
-        save = ["--save_path", os.path.join(folder, "model.h5"), "--validation_split", "0"]
-        process = subprocess.run(
-            [sys.executable, ROOT / "train.py", *flags.split(), "--sequence_path", path, *save],
-            env=environment(backend),
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-    rates = re.findall(r"([\d,]+) sequences/s", process.stdout)[1:]
+    command = make_command(folder, path, size)
+    with tempfile.TemporaryDirectory() as place:
+        shown, _ = run(*command, "--validation_split", "0", backend=backend, folder=place)
+    rates = re.findall(r"([\d,]+) sequences/s", shown)[1:]
     return statistics.median(int(rate.replace(",", "")) for rate in rates)
 
 
-def time_process(*command, folder=None):
-    """Returns how many seconds a process takes, and what it prints on both streams."""
-    start = time.perf_counter()
-    process = subprocess.run(
-        [sys.executable, *command],
-        env=environment(),
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-    )
-    return time.perf_counter() - start, process.stdout + process.stderr
+def measure(count, programs):
+    """Runs each of the functions in a dict so many times, and returns a dict of results a round."""
+    rounds = []
+    for number in range(count):
+        rounds.append({name: program() for name, program in programs.items()})
+        print(f"round {number + 1} of {count}", file=sys.stderr)
+    return rounds
 
 
-def time_product():
-    """Returns how many floating-point operations a second a product of two matrices makes."""
+def report(rounds, ours, unit, digits=0):
+    """Prints the median of each figure, and how many times as large that of `ours` is."""
+    for name in rounds[0]:
+        ratio = statistics.median(figures[ours] / figures[name] for figures in rounds)
+        figure = statistics.median(figures[name] for figures in rounds)
+        compared = "" if name == ours else f"; {ours}: {ratio:.2f} times that"
+        print(f"{figure:12,.{digits}f} {unit}  {name}{compared}")
+
+
+def report_share(rounds, path, size):
+    """Prints how much of the speed of a product of two matrices train.py has."""
     import numpy as np
 
+    inputs, _, weights = read(path, size)
+    units, layers, characters = size["units"], size["layers"], inputs.shape[2]
+    matrices = 4 * units * (characters + (2 * layers - 1) * units) + units * characters
+    operations = 6 * matrices * weights.sum() / len(weights)
     square = np.random.default_rng(0).random((2048, 2048), np.float32)
-    result = np.empty_like(square)
-    times = []
+    times, result = [time.perf_counter()], np.empty_like(square)
     for _ in range(9):
-        start = time.perf_counter()
         np.matmul(square, square, out=result)
-        times.append(time.perf_counter() - start)
-    return 2 * 2048**3 / statistics.median(times[1:])
-
-
-def report(rounds, ours, theirs):
-    """Prints how many times as fast one thing is as another."""
-    ratio = statistics.median(figures[ours] / figures[theirs] for figures in rounds)
-    print(f"{ratio:12.2f}  {ours} / {theirs}")
+        times.append(time.perf_counter())
+    product = 2 * 2048**3 / statistics.median(np.diff(times)[1:])
+    rate = statistics.median(figures["train.py"] for figures in rounds)
+    print(f"{product / 1e9:12,.0f}  GFLOP/s, a product of two matrices of 2048 × 2048")
+    print(f"{rate * operations / product:12.2f}  of that in train.py, padding not counted")
 
 
 def main():
     """Prints the tables."""
-    import wordfreq
-
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--against", metavar="DIR", type=os.path.abspath)
+    parser.add_argument("--sizes", type=int, nargs="+", default=range(len(SIZES)))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no_peers", action="store_true")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        words, names = (os.path.join(folder, name) for name in ("words.txt", "names.txt"))
-        with open(words, "w", encoding="utf-8") as file:
-            file.write("\n".join(wordfreq.top_n_list("en", 1000)))
-        with open(NAMES, encoding="utf-8") as file, open(names, "w", encoding="utf-8") as text:
-            text.write("\n".join(row[0] for row in list(csv.reader(file))[1:]))
-
-        for title, path in zip(SIZES, (words, names)):
-            flags, size = SIZES[title]
-            rounds = []
-            for number in range(ROUNDS):
-                figures = {
-                    "train.py": time_ours(path, flags, "tensorflow"),
-                    "train.py on JAX": time_ours(path, flags, "jax"),
-                }
-                figures |= {name: time_peer(name, path, size) for name in PEERS}
-                rounds.append(figures)
-                print(f"round {number + 1} of {ROUNDS}", file=sys.stderr)
-            print(f"{title}, {size['max_len']} characters at most")
-            for name in rounds[0]:
-                rate = statistics.median(figures[name] for figures in rounds)
-                print(f"{rate:12,.0f}  sequences/s, {name}")
-            for ours in ("train.py", "train.py on JAX"):
-                for theirs in PEERS:
-                    report(rounds, ours, theirs)
-        inputs, _, weights = read(names, size)
-        units, layers, characters = size["units"], size["layers"], inputs.shape[2]
-        matrices = 4 * units * (characters + (2 * layers - 1) * units) + units * characters
-        operations = 6 * matrices * weights.sum() / len(weights)
-        rate = statistics.median(figures["train.py"] for figures in rounds)
-        product = time_product()
-        print(f"{product / 1e9:12,.0f}  GFLOP/s, a product of two matrices of 2048 × 2048")
-        print(f"{rate * operations / product:12.2f}  of that in train.py, padding not counted")
-
-        rounds = []
-        contract = [ROOT / "train.py", *SIZES["3 × 32, batch 32"][0].split()]
-        contract += ["--sequence_path", words, "--sentinel", " ", "--overwrite"]
-        for _ in range(9):
-            keras, _ = time_process("-c", "import keras", folder=folder)
-            ours, _ = time_process(*contract, folder=folder)
-            rounds.append({"train.py, 10 epochs": ours, "import keras": keras})
-        for name in rounds[0]:
-            print(f"{statistics.median(figures[name] for figures in rounds):12.2f}  s, {name}")
-        report(rounds, "train.py, 10 epochs", "import keras")
-
-        for name, (target, test, train, flags) in REACH.items() if sys.argv[1:] else ():
-            data = os.path.abspath(os.path.join(sys.argv[1], name))
-            save = os.path.join(folder, f"{name}.h5")
-            seconds, _ = time_process(
-                ROOT / "train.py", "--sequence_path", f"{data}_{train}", "--save_path", save,
-                *flags.split(), folder=folder,
-            )  # fmt: skip
-            _, shown = time_process(
-                ROOT / "sample.py", "--weights_path", save, "--score", f"{data}_{test}"
-            )
-            loss = re.findall(r"[\d.]+ nats", shown)[-1]
-            print(f"{seconds:12.1f}  s, {name}, {flags}: {loss} (asked for {target})")
+        write_lists(folder)
+        for number in args.sizes:
+            size, path = SIZES[number], os.path.join(folder, FILES[number])
+            programs = {"train.py": lambda p=path, s=size: time_ours(ROOT, p, s)}
+            if args.against:
+                name = f"{args.against}/train.py"
+                programs[name] = lambda p=path, s=size: time_ours(args.against, p, s)
+            programs["train.py on JAX"] = lambda p=path, s=size: time_ours(ROOT, p, s, "jax")
+            for name in () if args.no_peers else PEERS:
+                programs[name] = lambda n=name, p=path, s=size: time_peer(n, p, s)
+            print(f"{size['layers']} × {size['units']} units, batch {size['batch_size']}")
+            rounds = measure(args.rounds, programs)
+            report(rounds, "train.py", "sequences/s")
+            report_share(rounds, path, size)
+        programs = {"import keras": lambda: run("-c", "import keras")[1]}
+        for place in filter(None, (ROOT, args.against)):
+            command = make_command(place, os.path.join(folder, FILES[0]), SIZES[0])
+            programs[f"{place}/train.py"] = lambda c=command: run(*c, folder=folder)[1]
+        print("the training command of the README's quick start, as a whole process")
+        report(measure(3 * args.rounds, programs), f"{ROOT}/train.py", "s", digits=2)
 
 
 if __name__ == "__main__":
