@@ -32,10 +32,10 @@ LONGEST = 64  # characters kept of a sequence unless the user says otherwise
 LARGEST_CORPUS = 2**33  # bytes that the encoded sequences may take
 BATCH = 2048  # sequences that are invented at a time: more would not fit the cache
 DRAWS = 32  # random numbers that are made at a time for each of them
-LIMITS = {"alphabet": 2**18, "max_len": 2**16, "units": 2**13, "layers": 2**6}  # the most of each
+LIMITS = {"alphabet": 2**18, "max_len": 2**16, "units": 2**13, "layers": 2**6}  # upper limits
 LARGEST_WEIGHT = 1e30  # sums of as many as there can be are still finite
 METADATA = "sequence_model"  # the root attribute that holds what Keras has no place for
-METADATA_SIZE = 2**22  # its most bytes: JSON can take 30 times its size in memory
+METADATA_SIZE = 2**22  # the most bytes of it: JSON can take 30 times its size in memory
 TRAINING_STATE = "training_state"  # the group that holds what continuing needs
 # Those of Unicode's Default_Ignorable_Code_Point that Python calls printable.
 INVISIBLE = re.compile(
@@ -136,7 +136,7 @@ def encode(sequences, sentinel="\n", max_len=None, characters=""):
         that were kept or given.
 
     Raises:
-        ValueError: if a sequence contains the sentinel, there are more
+        ValueError: if what is kept contains the sentinel, there are more
             different characters than a model can have, or the rows would take
             more than `LARGEST_CORPUS` bytes.
 
@@ -193,7 +193,7 @@ def run_lstm(projected, recurrent_kernel, kept=None):
             the kernel, plus the bias.
         recurrent_kernel: float32 tensor `(units, 4 × units)`.
         kept: float32 tensor `(batch, units)` or None, what the outputs are
-            multiplied with before the layer reads them back.
+            multiplied by before the layer reads them back.
 
     Returns:
         Float32 tensor `(steps, batch, units)`: the outputs.
@@ -262,7 +262,7 @@ def run_lstm(projected, recurrent_kernel, kept=None):
 def make_lstm_by_hand(units, recurrent_dropout=0.0, **options):
     """Makes a `keras.layers.LSTM` that returns sequences and learns through `run_lstm`.
 
-    Without `training` it is Keras's own layer.
+    When it isn't training it is Keras's own layer.
 
     Args:
         units, options: what `keras.layers.LSTM` takes.
@@ -583,10 +583,12 @@ class SequenceModel:
         max_len = max_len or self.max_len
         self.check_prompt(prompt, max_len)
         key = int(np.random.default_rng(seed).integers(2**63))
-        shape = functools.partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
-        return self._sample(prompt, count, max_len - len(prompt), shape, key)
+        to_probabilities = functools.partial(
+            distribution, temperature=temperature, top_k=top_k, top_p=top_p
+        )
+        return self._sample(prompt, count, max_len - len(prompt), to_probabilities, key)
 
-    def _sample(self, prompt, count, steps, shape, key):
+    def _sample(self, prompt, count, steps, to_probabilities, key):
         logits, state = self.read_prompt(prompt)
         most, start = self.batch_size(steps), 0
         while count is None or start < count:
@@ -594,7 +596,8 @@ class SequenceModel:
             batch = min(most, max(start, 128) if count is None else count - start)
             first = np.zeros(batch, int)
             draws = functools.partial(_draw, key, start, batch)
-            invented = self._finish(logits[first], state.take(first), steps, shape, draws)
+            rows = logits[first], state.take(first)
+            invented = self._finish(*rows, steps, to_probabilities, draws)
             text = self.alphabet.decode(invented[invented > 0])
             end = 0
             for length in np.count_nonzero(invented, axis=1).tolist():
@@ -602,7 +605,7 @@ class SequenceModel:
                 yield prompt + text[begin:end]
             start += batch
 
-    def _finish(self, logits, state, steps, shape, draws):
+    def _finish(self, logits, state, steps, to_probabilities, draws):
         # Returns the ids of what follows each row's prompt, padded with 0.
         ids = np.zeros(len(logits), int)
         places = np.arange(len(logits))  # where each row's sequence stands among all of them
@@ -612,7 +615,7 @@ class SequenceModel:
                 logits = self.step(ids, state)
             if step % DRAWS == 0:
                 block = draws(step // DRAWS)
-            ids = _choose(shape(logits), block[places, step % DRAWS])
+            ids = _choose(to_probabilities(logits), block[places, step % DRAWS])
             invented[places, step] = ids
             # The last rows that go on take the places of those that have ended.
             going_on = ids > 0
@@ -734,7 +737,7 @@ def save(path, network, weights, metadata, training_state=()):
             place.attrs["backend"] = keras.backend.backend()
         file.attrs["model_config"] = json.dumps(_describe_network(network))
         file.attrs["training_config"] = json.dumps(training_config)
-        text = json.dumps({"format": FORMAT, **metadata}, ensure_ascii=False)
+        text = json.dumps({**metadata, "format": FORMAT}, ensure_ascii=False)
         file.attrs[METADATA] = np.bytes_(text.encode())
         layers = list(dict.fromkeys(layer for layer, _ in shapes))
         group.attrs["layer_names"] = layers
@@ -804,7 +807,8 @@ def load(path):
         path: str or path-like.
 
     Returns:
-        Tuple `(model, metadata)`: a `SequenceModel` and the dict given to `save`.
+        Tuple `(model, metadata)`: a `SequenceModel` and the dict given to
+        `save`, with its format.
 
     Raises:
         OSError: if the file can't be opened.
@@ -868,7 +872,7 @@ def _opened(path):
     except (OSError, RuntimeError, TypeError, ValueError, LookupError) as error:
         reason = str(error.args[0] if error.args else error).partition("\n")[0]
         if "signature not found" in reason:
-            reason = "it is no HDF5 file"
+            reason = "it is not an HDF5 file"
         elif not isinstance(error, _ReadError):
             reason = f"it is damaged: {reason}"
         raise ValueError(f"{path} is not a model that train.py saved: {reason}") from None
@@ -961,7 +965,7 @@ def is_within(array, largest):
 
 
 class UserError(Exception):
-    """What the user has to know and can mend; the message says how."""
+    """A problem that the user can fix; the message says how."""
 
 
 class CommandLine(argparse.ArgumentParser):

@@ -37,12 +37,12 @@ From a pipe, each line is a prompt. Results go to stdout, everything else to std
 ENGLISH_WORDS = (
     pathlib.Path(__file__).resolve().parent / "pre_trained_models" / "english_words_5000.h5"
 )
-PATIENCE = 20_000  # so many sequences in a row without a new one, and there are no more
+PATIENCE = 20_000  # after so many sequences in a row without a new one, there are no more
 # Bytes that the search for the most likely sequences may take: for any search, more for each
 # sequence that is wanted, and the most of both together.
 SEARCH_MEMORY = 3 * 2**25, 2**19, 2**30
 SCREENFUL = 1000  # sequences that are arranged together on a terminal, if they are not long
-# What the ways that don't draw sequences have no use for.
+# The flags that modes which don't draw sequences have no use for.
 UNUSED = {
     "most_likely": "num_samples unique seed",
     "score": "prompt num_samples temperature top_k top_p unique exclude seed",
@@ -207,21 +207,21 @@ class Search:
         trained: `model.SequenceModel`.
         count: int, how many sequences are wanted.
         max_len: int, the longest sequence.
-        shape: function from logits to probabilities.
+        to_probabilities: function from logits.
         exclude: container of str that are not wanted.
     """
 
-    def __init__(self, trained, count, max_len, shape, exclude):
+    def __init__(self, trained, count, max_len, to_probabilities, exclude):
         self.trained = trained
         self.max_len = max_len
-        self.shape = shape
+        self.to_probabilities = to_probabilities
         self.exclude = exclude
         state = trained.start()
         size = state.hidden.nbytes + state.cell.nbytes + 16 * len(trained.alphabet) + 4 * max_len
         base, each, most = SEARCH_MEMORY
         self.memory = min(base + each * count, most)
         self.limit = max(2, self.memory // (size + 1000))  # of prefixes and whole sequences
-        self.count = min(count, self.limit)
+        self.count = min(count, self.limit // 2)
         # Heaps: the least stands first, hence the signs.
         self.whole = []  # (-log-probability, sequence)
         self.best = []  # the log-probabilities of the `count` best sequences so far
@@ -250,7 +250,7 @@ class Search:
             logits, state: what reading them led to.
         """
         with np.errstate(divide="ignore"):  # the impossible becomes -inf
-            values = np.log(self.shape(logits)) + values[:, None]
+            values = np.log(self.to_probabilities(logits)) + values[:, None]
         for row, text in enumerate(texts):
             self.add(values[row, 0], text)
             following = 1 + np.flatnonzero(values[row, 1:] > self.floor)
@@ -290,7 +290,7 @@ class Search:
         """Forgets what can't be one of the best and, if that is too little, unlikely prefixes."""
         self.whole = sorted(entry for entry in self.whole if -entry[0] >= self.floor)
         self.open = sorted(entry for entry in self.open if -entry[0] > self.floor)
-        kept = self.limit // 2
+        kept = self.limit * 7 // 8 - len(self.whole)  # some room, not to come here again at once
         if len(self.open) > kept:
             self.given_up = max(self.given_up, -self.open[kept][0])
             del self.open[kept:]
@@ -347,8 +347,12 @@ def most_likely(
     """
     max_len = max_len or trained.max_len
     trained.check_prompt(prompt, max_len)
-    shape = functools.partial(model.distribution, temperature=temperature, top_k=top_k, top_p=top_p)
-    return _take_proven(Search(trained, count, max_len, shape, exclude), prompt, count, warn)
+    to_probabilities = functools.partial(
+        model.distribution, temperature=temperature, top_k=top_k, top_p=top_p
+    )
+    return _take_proven(
+        Search(trained, count, max_len, to_probabilities, exclude), prompt, count, warn
+    )
 
 
 def _take_proven(search, prompt, count, warn):
@@ -405,10 +409,11 @@ def score(trained, sequences, max_len=None):
 def _score(trained, texts, max_len):
     rows, targets = [], np.zeros(len(texts), int)
     for index, text in enumerate(texts):
-        rows.append(np.zeros(0, int))
-        with contextlib.suppress(ValueError):
-            rows[-1] = trained.alphabet.encode(text[:max_len])
+        try:
+            rows.append(trained.alphabet.encode(text[:max_len]))
             targets[index] = len(rows[-1]) + (len(text) <= max_len)
+        except ValueError:
+            rows.append(np.zeros(0, int))
     order = np.argsort(-targets, kind="stable")  # so that those still being read are the first
     padded = np.zeros((len(texts), targets.max() + 2), int)
     for place, index in enumerate(order):
@@ -631,7 +636,7 @@ def answer_all(answer, prompts):
 def read_prompts():
     """Yields the lines of stdin without their ends."""
     for number in itertools.count(1):
-        with model.reading("standard input", "the prompts", "--prompt"):
+        with model.reading("standard input", "the prompts", "a --prompt"):
             line = sys.stdin.readline(LONGEST_LINE)
         if not line and number > 1:
             return
@@ -719,7 +724,7 @@ def keep_to_one_line(text):
 def main(arguments=None):
     """Runs the command line and returns the exit status."""
     parser, args = parse_arguments(arguments)
-    # Bytes that are no characters become characters that no model knows.
+    # Bytes that can't be decoded become surrogates, which no alphabet contains.
     encoding = {} if sys.stdin.isatty() else {"encoding": "utf-8-sig"}
     sys.stdin.reconfigure(errors="surrogateescape", newline="\n", **encoding)
     if sys.stdout.isatty():

@@ -1,6 +1,7 @@
 """Learns to write sequences like those in a file and saves what it learned as an `.h5`.
 
-The flags → the data → the batches → the network → Keras's `fit` with its callbacks.
+The flags → the data → an earlier run, if there is one → the batches → the network →
+several devices → training by Keras's `fit` and its callbacks.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import shlex
 import signal
 import sys
 import time
+import typing
 
 import numpy as np
 
@@ -33,7 +35,7 @@ The same command again continues where the file at --save_path stands, and so
 does a larger --epochs. Ctrl-C stops; what the last whole epoch learned is kept.
 """
 UNITS, LAYERS, SENTINEL = 128, 2, "\n"
-# What makes two runs the same run, beside their data and network.
+# What makes two runs the same run, besides their data and network.
 SETTINGS = (
     "dropout",
     "recurrent_dropout",
@@ -230,8 +232,8 @@ def split(corpus, fraction):
 
     Returns:
         Tuple `(training, held_out)` of two int32 arrays, the indices of their
-        sequences. The second is empty if that share is less than one
-        sequence; the first never is.
+        sequences. The second is empty if that share rounds to none; the
+        first never is.
     """
     distinct, kinds = np.unique(as_bytes(corpus.rows), return_inverse=True)
     count = min(round(fraction * len(distinct)), len(distinct) - 1)
@@ -275,7 +277,7 @@ def check_size(args, alphabet):
 
 
 def hash_bytes(*parts):
-    """Returns a str that other bytes, or arrays in one piece, would not give."""
+    """Returns the SHA-256, a str, of bytes and arrays, one after the other."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)
@@ -343,11 +345,9 @@ def find_difference(found, metadata):
         return f"--sentinel {found['alphabet'][0]!r}, not {metadata['alphabet'][0]!r}"
     if found.get("init_from") != metadata["init_from"]:
         return "another --init_from"
-    if found.get("teachers"):
-        return "--teachers, which no longer exists"
     if found.get("data") != metadata["data"]:
         return "other data (--sequence_path, --num_sequences, --max_len)"
-    if (found["alphabet"], found["max_len"]) != (metadata["alphabet"], metadata["max_len"]):
+    if found["max_len"] != metadata["max_len"]:
         return f"--max_len {found['max_len']}, not {metadata['max_len']}"
     return None
 
@@ -378,41 +378,54 @@ def is_finished(args, history):
 # The batches
 
 
-def plan_stacks(args, corpus, batches, compiled):
-    """Chooses what `make_stacks` has a choice of, by how much work there is.
+class Plan(typing.NamedTuple):
+    """How sequences are cut into stacks.
+
+    Attributes:
+        batch_size: int, sequences of a batch.
+        depth: int, batches of a stack: enough that what a call costs in
+            Python is lost in the work, and few enough that progress and
+            Ctrl-C are not kept waiting.
+        parts: int, in how many parts a batch comes.
+        lengths: sorted int array, the lengths that a part may be padded to.
+    """
+
+    batch_size: int
+    depth: int
+    parts: int
+    lengths: np.ndarray
+
+
+def plan_stacks(args, corpus, count, compiled):
+    """Returns a `Plan`, by how much work there is.
 
     Args:
         args: the command line.
         corpus: `model.Corpus`.
-        batches: int, how many an epoch has.
-        compiled: bool, whether each length costs a compilation.
-
-    Returns:
-        Tuple `(depth, parts, lengths)`: how many batches are stacked, an int,
-        enough that what a call costs in Python is lost in the work, and few
-        enough that progress and Ctrl-C are not kept waiting; in how many
-        parts a batch comes, an int; and the lengths that these are padded to,
-        a sorted int array: all or, where each takes seconds to compile, one
-        more for some seconds of work.
+        count: int, how many of its sequences an epoch has.
+        compiled: bool, whether each length takes seconds to compile; then
+            there is one more for some seconds of work.
     """
+    batch_size = min(args.batch_size, count)
+    batches = math.ceil(count / batch_size)
     longest = int(corpus.targets.max())
     weights = 4 * args.units * (len(corpus.alphabet) + (2 * args.layers - 1) * args.units)
     # A multiplication and an addition per weight and step, and twice that in the backward pass.
-    operations = 6 * weights * args.batch_size * longest
+    operations = 6 * weights * batch_size * longest
     depth = max(1, min(64, batches, 2 * 10**11 // operations))
-    parts = max(1, min(4, args.batch_size // 64))
+    parts = max(1, min(4, batch_size // 64))
     if not compiled:
-        return depth, parts, np.arange(1, longest + 1)
+        return Plan(batch_size, depth, parts, np.arange(1, longest + 1))
     choices = 1 + min(7, args.epochs * batches * operations // 10**12)
     if choices == 1:
-        return depth, 1, np.array([longest])
+        return Plan(batch_size, depth, 1, np.array([longest]))
     # About as long as the first part of a batch becomes, or half of all whole batches.
-    share = 1 / parts if parts > 1 else 0.5 ** (1 / args.batch_size)
+    share = 1 / parts if parts > 1 else 0.5 ** (1 / batch_size)
     lengths = np.geomspace(longest, np.quantile(corpus.targets, share), choices)
-    return depth, parts, np.unique(np.ceil(lengths - 1e-6).astype(int))
+    return Plan(batch_size, depth, parts, np.unique(np.ceil(lengths - 1e-6).astype(int)))
 
 
-def make_stacks(corpus, chosen, batch_size, plan, seed=None, devices=1):
+def make_stacks(corpus, chosen, plan, seed=None, devices=1):
     """Cuts sequences into batches and stacks those of like length.
 
     Which sequences make a batch is random, so that each is a fair sample;
@@ -423,8 +436,7 @@ def make_stacks(corpus, chosen, batch_size, plan, seed=None, devices=1):
     Args:
         corpus: `model.Corpus`.
         chosen: int array, the indices of the sequences to take.
-        batch_size: int.
-        plan: tuple, as `plan_stacks` returns it.
+        plan: `Plan`.
         seed: what `numpy.random.default_rng` takes, to shuffle the sequences
             and the stacks; None leaves the sequences as they are.
         devices: int, the size of each part is a multiple of this.
@@ -434,8 +446,20 @@ def make_stacks(corpus, chosen, batch_size, plan, seed=None, devices=1):
         batch, depth, length)`, of the type of `corpus.rows`, and how many
         targets each row gives, int32 `(part of the batch, depth)`. Rows that
         only fill up have no targets.
+
+    Example, five sequences in batches of two, a stack of three batches deep:
+
+    >>> corpus = model.encode(["a", "bb", "ccc", "d", "ee"])
+    >>> [(rows, targets)] = next(make_stacks(corpus, np.arange(5), Plan(2, 3, 1, np.arange(5))))
+    >>> rows[1]  # the longer sequence of each batch: "bb", "ee", "ccc"
+    array([[2, 2, 0, 0],
+           [5, 5, 0, 0],
+           [3, 3, 3, 0]], dtype=uint8)
+    >>> targets  # beside "bb" stands "a", beside "ee" nothing, beside "ccc" "d"
+    array([[2, 0, 2],
+           [3, 3, 4]], dtype=int32)
     """
-    depth, parts, lengths = plan
+    batch_size, depth, parts, lengths = plan
     rng = None if seed is None else np.random.default_rng(seed)
     order = chosen if rng is None else rng.permutation(chosen)
     count = math.ceil(len(order) / batch_size)
@@ -524,7 +548,7 @@ def import_keras():
                 keras.distribution.list_devices()
     except (AttributeError, TypeError, ValueError) as error:  # of what keras.json says
         reason = str(error).partition("\n")[0]
-        raise UserError(f"Keras can't start: {reason}; mend ~/.keras/keras.json") from None
+        raise UserError(f"Keras can't start: {reason}; see ~/.keras/keras.json") from None
     gc.freeze()
     gc.enable()
     check_backend(keras.backend.backend())
@@ -536,7 +560,7 @@ def make_tensorflow_network(layers, scale, xla):
 
     Args:
         layers: list of Keras layers, as `model.build_layers` returns it.
-        scale: float, what an optimizer step multiplies the sum of losses with.
+        scale: float, what an optimizer step multiplies the sum of losses by.
         xla: bool, whether XLA compiles the training.
 
     Returns:
@@ -725,8 +749,9 @@ def extend_weights(weights, alphabet, source):
         List of float32 arrays, of the shapes of `weights`.
     """
     known = np.array([0, *alphabet.encode(source.alphabet.symbols[1:])])
-    kernel, *lstm, dense, bias = source.weights
-    kernel, weights[0][known] = weights[0], kernel
+    old, *lstm, dense, bias = source.weights
+    kernel = weights[0].copy()
+    kernel[known] = old
     extended = np.zeros_like(weights[-2])
     extended[:, known] = dense
     highest = bias.max().astype(np.float64)
@@ -749,7 +774,7 @@ def join_group(args, metadata):
     from jax.experimental import multihost_utils
 
     with quiet(sys.stderr):
-        import tensorflow  # noqa: F401 - which Keras would import to seed it, aloud
+        import tensorflow  # noqa: F401 - which Keras would import, noisily, to seed it
 
     try:
         if os.environ.get("KERAS_DISTRIBUTION_JOB_ADDRESSES"):
@@ -771,7 +796,7 @@ def join_group(args, metadata):
             "--distribute: the processes differ in their flags or data; start all of them alike"
         ) from None
     if jax.process_index() > 0:
-        print(f"Process {jax.process_index()} of {jax.process_count()}; process 0 tells the rest")
+        print(f"Process {jax.process_index()} of {jax.process_count()}; process 0 prints the rest")
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     return jax.process_index(), jax.process_count()
 
@@ -800,6 +825,8 @@ def set_variables(args, variables, state):
             f"--save_path: {args.save_path} was trained with a version of Keras that this "
             "one can't continue; pass --overwrite to start over, or another --save_path"
         )
+    if not (state or args.distribute):
+        return
     values = [np.asarray(value, each.dtype) for value, each in zip(state or variables, variables)]
     if args.distribute:
         from jax.experimental.multihost_utils import broadcast_one_to_all
@@ -821,20 +848,18 @@ def make_data(args, corpus, training, held_out, first_epoch, rank, processes):
         return array[rank * size : (rank + 1) * size]
 
     def feed(chosen, shuffle, compiled):
-        batch_size = min(args.batch_size, len(chosen))
-        batches = math.ceil(len(chosen) / batch_size)
-        plan = plan_stacks(args, corpus, batches, compiled)
+        plan = plan_stacks(args, corpus, len(chosen), compiled)
 
         def generate():
             for epoch in itertools.count(first_epoch):
                 seed = (args.seed, epoch) if shuffle else None
-                for stack in make_stacks(corpus, chosen, batch_size, plan, seed, devices):
+                for stack in make_stacks(corpus, chosen, plan, seed, devices):
                     yield tuple(tuple(map(share, part)) for part in stack)
 
         data = generate()
         if backend == "tensorflow":
-            data = as_dataset(data, known=len(plan[2]) == 1)
-        return data, math.ceil(batches / plan[0])
+            data = as_dataset(data, fixed=len(plan.lengths) == 1)
+        return data, math.ceil(len(chosen) / plan.batch_size / plan.depth)
 
     found = {}
     found["x"], found["steps_per_epoch"] = feed(
@@ -848,13 +873,13 @@ def make_data(args, corpus, training, held_out, first_epoch, rank, processes):
     return found
 
 
-def as_dataset(stacks, known):
-    """Makes a `tf.data.Dataset` of a generator whose arrays have one size if it is `known`."""
+def as_dataset(stacks, fixed):
+    """Makes a `tf.data.Dataset` of a generator whose arrays all have one size if `fixed`."""
     import tensorflow as tf
 
     first = next(stacks)
     signature = tf.nest.map_structure(
-        lambda array: tf.TensorSpec(array.shape if known else [None] * array.ndim, array.dtype),
+        lambda array: tf.TensorSpec(array.shape if fixed else [None] * array.ndim, array.dtype),
         first,
     )
     stacks = itertools.chain([first], stacks)
@@ -912,7 +937,7 @@ def make_callbacks(args, network, corpus, count, metadata, best, leads):
             self.seconds = time.perf_counter() - self.start
 
         def on_epoch_end(self, epoch, logs):
-            if not sys.stdout.isatty():  # where Keras shows a bar
+            if not sys.stdout.isatty():  # on a terminal, Keras's bar has shown this
                 losses = " - ".join(f"{name}: {loss:.4f}" for name, loss in logs.items())
                 rate = f"{count / self.seconds:,.0f} sequences/s"
                 print(f"Epoch {epoch + 1}/{args.epochs} - {losses} - {rate}")
@@ -956,11 +981,12 @@ def run(args):
     training, held_out = split(corpus, args.validation_split)
     args.batch_size = min(args.batch_size, len(training))
     metadata = describe(args, corpus, source)
-    rank, processes = join_group(args, metadata) if args.distribute else (0, 1)
     history, best, state = metadata["history"], None, None
-    # Process 0 alone has the file.
-    if rank == 0 and not args.overwrite and os.path.exists(args.save_path):
+    # Of a group, process 0 alone has the file.
+    leads = not args.distribute or os.environ.get("KERAS_DISTRIBUTION_PROCESS_ID", "0") == "0"
+    if leads and not args.overwrite and os.path.exists(args.save_path):
         history, best, state = read_earlier_run(args, metadata, len(held_out) > 0)
+    rank, processes = join_group(args, metadata) if args.distribute else (0, 1)
     if args.distribute:
         history = broadcast_history(history)
     metadata["history"] = history
@@ -971,7 +997,7 @@ def run(args):
     else:
         if done:
             say(f"Continuing {args.save_path} after epoch {done}")
-        if args.log_dir is not None and rank == 0:
+        if args.log_dir is not None and leads:
             with model.writing("--log_dir", args.log_dir):
                 os.makedirs(args.log_dir, exist_ok=True)
         try:
@@ -983,7 +1009,7 @@ def run(args):
                 initial_epoch=done,
                 epochs=args.epochs,
                 callbacks=make_callbacks(
-                    args, network, corpus, len(training), metadata, best, rank == 0
+                    args, network, corpus, len(training), metadata, best, leads
                 ),
                 verbose=1 if sys.stdout.isatty() else 0,
                 shuffle=False,

@@ -16,6 +16,8 @@ from model import Alphabet, SequenceModel
 
 # Importing TensorFlow would set another one, which train.py would inherit.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+# How often runs are killed. A longer harness: KILLS=20 python -m pytest -m slow
+KILLS = int(os.environ.get("KILLS", "4"))
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRE_TRAINED = ROOT / "pre_trained_models"
 CONTRACT = (

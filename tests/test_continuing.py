@@ -8,7 +8,7 @@ import sys
 import textwrap
 
 import pytest
-from conftest import ROOT, read_all, run, write_sequences
+from conftest import KILLS, ROOT, read_all, run, write_sequences
 
 import model
 
@@ -73,7 +73,7 @@ def test_a_killed_run_continues_to_the_same_bits(tmp_path, undisturbed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "count"), [("tensorflow", 20), ("jax", 5)])
+@pytest.mark.parametrize(("backend", "count"), [("tensorflow", KILLS), ("jax", KILLS // 4)])
 def test_a_run_that_is_killed_often_ends_with_the_same_bits(tmp_path, undisturbed, backend, count):
     # Each try begins anew once it is through, so that all moments get their share of kills.
     rng = random.Random(0)

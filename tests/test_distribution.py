@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_one_line_error, read_all, read_arrays, run, write_sequences
+from conftest import KILLS, ROOT, assert_one_line_error, read_all, read_arrays, run, write_sequences
 
 import model
 
@@ -124,7 +124,7 @@ def test_a_group_that_is_killed_continues_to_the_same_bits(hosts):
     flags = [*SMALL, "--epochs", 30]
     finish_well(start(hosts, [*flags, "--save_path", "undisturbed.h5"]))
     rng = random.Random(0)
-    for _ in range(5):
+    for _ in range(max(1, KILLS // 4)):
         processes = start(hosts, flags)
         wait_for = rng.choice(["Network", "Epoch"])
         while not processes[0].stdout.readline().startswith(wait_for):

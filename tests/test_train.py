@@ -472,7 +472,7 @@ def test_it_learns_what_stock_keras_learns_from_the_same_batches(
     training = np.arange(min(len(corpus), 5 * batch_size))
     network = train.prepare_network(args, corpus, training, source)
     before = network.get_weights()
-    plan = 4, parts, np.array(lengths)
+    plan = train.Plan(batch_size, 4, parts, np.array(lengths))
     monkeypatch.setattr(train, "plan_stacks", lambda *arguments: plan)
     data = train.make_data(args, corpus, training, training, 0, 0, 1)
     assert data["steps_per_epoch"] == data["validation_steps"] == stacks
@@ -490,7 +490,7 @@ def test_it_learns_what_stock_keras_learns_from_the_same_batches(
     stock.compile(adam, "sparse_categorical_crossentropy")
     targets_per_batch = batch_size * corpus.targets[training].mean()
     nats = count = 0
-    for stack in train.make_stacks(corpus, training, batch_size, plan, seed=(0, 0)):
+    for stack in train.make_stacks(corpus, training, plan, seed=(0, 0)):
         for step in range(4):
             # All parts in one batch, as long as the longest.
             rows = [np.pad(rows[:, step], [(0, 0), (0, 9 - rows.shape[2])]) for rows, _ in stack]
@@ -538,8 +538,8 @@ def test_an_epoch_takes_each_sequence_once_and_pads_little(devices):
         (777, 1, 4, 0),
     ):
         seen, padded, batches = [], 0, 0
-        plan = depth, parts, lengths
-        for stack in train.make_stacks(corpus, chosen, batch_size, plan, seed, devices):
+        plan = train.Plan(batch_size, depth, parts, lengths)
+        for stack in train.make_stacks(corpus, chosen, plan, seed, devices):
             assert len(stack) == parts
             counts = sum(np.count_nonzero(targets, axis=0) for _, targets in stack)
             real = np.count_nonzero(counts)
@@ -565,7 +565,8 @@ def test_another_seed_or_epoch_is_another_order():
     corpus = model.encode(["".join(pair) for pair in itertools.product("abcdefgh", repeat=2)])
 
     def order(seed):
-        stacks = train.make_stacks(corpus, np.arange(64), 8, (2, 1, np.array([3])), seed)
+        plan = train.Plan(8, 2, 1, np.array([3]))
+        stacks = train.make_stacks(corpus, np.arange(64), plan, seed)
         return b"".join(rows.tobytes() for stack in stacks for rows, _ in stack)
 
     assert order((0, 1)) == order((0, 1))

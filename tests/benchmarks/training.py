@@ -31,7 +31,7 @@ THREADS = "2"
 # The flags of train.py for each size but the file, which the other programs need to know too.
 SIZES = [
     dict(num_sequences=1000, max_len=8, units=32, layers=3, batch_size=32, epochs=10),
-    dict(num_sequences=5000, max_len=32, units=128, layers=2, batch_size=32, epochs=4),
+    dict(num_sequences=5000, max_len=32, units=128, layers=2, batch_size=32, epochs=15),
     dict(max_len=24, units=256, layers=3, batch_size=128, epochs=3, learning_rate=0.003),
 ]
 FILES = "frequent.txt", "words.txt", "names.txt"
