@@ -6,6 +6,10 @@ import shlex
 import subprocess
 import sys
 
+# Threads that wait for each other would take most of the time of products this small. It must
+# be said before NumPy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import h5py
 import numpy as np
 import pexpect

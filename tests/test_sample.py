@@ -257,7 +257,7 @@ def test_the_most_likely_are_those_that_brute_force_finds(prompt, shape, max_len
 
 @pytest.mark.parametrize(
     ("memory", "bias", "at_least"),
-    [(2**12, 0, 0), (2**19, 0, 0), (2**23, 0, 4), (2**12, -40, 0), (2**23, -40, 0)],
+    [(2**12, 0, 0), (2**19, 0, 0), (2**22, 0, 4), (2**12, -40, 0), (2**23, -40, 0)],
 )
 def test_a_search_with_little_memory_yields_the_beginning_of_the_answer(
     monkeypatch, memory, bias, at_least

@@ -147,6 +147,7 @@ def test_invented_sequences_are_in_the_data_or_new(trained):
     assert "" not in found["new"]
 
 
+@pytest.mark.slow
 def test_a_source_of_known_entropy_is_learned_to_within_2_percent(tmp_path):
     symbols, end = "abcdefgh", 0.08
     rng = np.random.default_rng(11)
