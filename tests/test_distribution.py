@@ -101,7 +101,7 @@ def test_two_processes_of_two_devices_learn_what_one_process_does(hosts):
     invented = re.findall("^invented, .*", one.stdout, re.M)
     assert len(invented) >= 6
     assert re.findall("^invented, .*", shown, re.M) == invented
-    assert others == "Process 1 of 2; process 0 tells the rest\n"
+    assert others == "Process 1 of 2; process 0 prints the rest\n"
     assert (hosts[0] / "logs" / "losses.csv").read_text().count("\n") == 7
     assert sorted(os.listdir(hosts[1])) == before
 

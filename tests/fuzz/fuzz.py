@@ -64,17 +64,19 @@ def make_model(libver, alphabet="\nabcd", units=4, layers=2, max_len=6):
 
 
 def mend(content, checksums):
-    content = bytearray(content)
+    content = bytearray(
+        re.sub(rb"(\x12\0\x08\0{5}\x01\0{3})....", rb"\1\0\0\0\0", content, flags=re.S)
+    )
     for start, end in checksums:
         if content[start : start + 5] == b"OHDR\2" and content[start + 5] & 0x20:
-            content[start + 6 : start + 22] = bytes(16)  # the time, so that inputs are repeatable
+            content[start + 6 : start + 22] = bytes(16)  # times, too; so that inputs are repeatable
         content[end : end + 4] = CHECKSUM(bytes(content[start:end]), len(content[start:end]), 0)
     return content
 
 
 def find_checksums(content):
     for start in [match.start() for match in re.finditer(b"\x89HDF|OHDR|OCHK|FRHP|BTHD", content)]:
-        for end in range(start + 8, min(start + 800, len(content) - 3)):
+        for end in range(start + 8, min(start + 3000, len(content) - 3)):
             if content.startswith(CHECKSUM(content[start:end], end - start, 0), end):
                 yield start, end
                 break
