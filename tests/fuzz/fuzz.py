@@ -64,12 +64,10 @@ def make_model(libver, alphabet="\nabcd", units=4, layers=2, max_len=6):
 
 
 def mend(content, checksums):
-    content = bytearray(
-        re.sub(rb"(\x12\0\x08\0{5}\x01\0{3})....", rb"\1\0\0\0\0", content, flags=re.S)
-    )
+    content = bytearray(re.sub(rb"(?s)(\x12\0\x08\0{5}\x01\0{3})....", rb"\1\0\0\0\0", content))
     for start, end in checksums:
         if content[start : start + 5] == b"OHDR\2" and content[start + 5] & 0x20:
-            content[start + 6 : start + 22] = bytes(16)  # times, too; so that inputs are repeatable
+            content[start + 6 : start + 22] = bytes(16)  # times, as above, to be repeatable
         content[end : end + 4] = CHECKSUM(bytes(content[start:end]), len(content[start:end]), 0)
     return content
 
