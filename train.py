@@ -519,17 +519,15 @@ def keep_memory():
 
 
 @contextlib.contextmanager
-def quiet(stream):
-    """Hides what libraries write past Python to where a stream goes."""
-    stream.flush()
-    number = stream.fileno()
-    kept, nowhere = os.dup(number), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, number)
+def quiet():
+    """Hides what TensorFlow writes to stderr before any log level applies."""
+    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
     try:
         yield
     finally:
-        os.dup2(kept, number)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
         os.close(nowhere)
 
 
@@ -541,7 +539,7 @@ def import_keras():
     # and once more at the exit, takes a third of the time.
     gc.disable()
     try:
-        with quiet(sys.stderr):  # TensorFlow writes before any log level applies
+        with quiet():
             import keras
 
             if keras.backend.backend() == "tensorflow":
@@ -773,11 +771,14 @@ def join_group(args, metadata):
     import keras
     from jax.experimental import multihost_utils
 
-    with quiet(sys.stderr):
+    with quiet():
         import tensorflow  # noqa: F401 - which Keras would import, noisily, to seed it
 
     try:
         if os.environ.get("KERAS_DISTRIBUTION_JOB_ADDRESSES"):
+            # Past Python, Gloo would tell on stdout whom it meets.
+            sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, errors="backslashreplace")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             keras.distribution.initialize()
         data_parallel = keras.distribution.DataParallel(auto_shard_dataset=False)
         keras.distribution.set_distribution(data_parallel)
@@ -789,8 +790,7 @@ def join_group(args, metadata):
     model.catch_signals()  # JAX has taken SIGTERM
     plan = hash_bytes(json.dumps([metadata, args.epochs, args.patience]).encode())
     try:
-        with quiet(sys.stdout):  # where Gloo tells whom it has met
-            multihost_utils.assert_equal(np.frombuffer(plan.encode(), np.uint8))
+        multihost_utils.assert_equal(np.frombuffer(plan.encode(), np.uint8))
     except AssertionError:
         raise UserError(
             "--distribute: the processes differ in their flags or data; start all of them alike"
