@@ -575,7 +575,7 @@ def make_tensorflow_network(layers, scale, xla):
         def metrics(self):
             return [nats]
 
-        @tf.function(jit_compile=xla, reduce_retracing=True)
+        @tf.function(jit_compile=xla, reduce_retracing=True, autograph=False)
         def train_step(self, stack):
             return self.sum_losses(stack, self.learn_batch)
 
@@ -883,7 +883,10 @@ def as_dataset(stacks, fixed):
         first,
     )
     stacks = itertools.chain([first], stacks)
-    return tf.data.Dataset.from_generator(lambda: stacks, output_signature=signature).prefetch(2)
+    data = tf.data.Dataset.from_generator(lambda: stacks, output_signature=signature).prefetch(2)
+    options = tf.data.Options()
+    options.autotune.enabled = False  # its thread can take two seconds to end
+    return data.with_options(options)
 
 
 def make_callbacks(args, network, corpus, count, metadata, best, leads):

@@ -241,7 +241,7 @@ def main():
             test = hypothesis.seed(f"{args.seed} {part}")(hypothesis.given(inputs)(visit))
             hypothesis.settings(max_examples=min(500, args.count - part), **options)(test)()
     print(*(f"{name:30} {count:8,}" for name, count in sorted(counts.items())), sep="\n")
-    print(f"slowest (s, input): {max(slowest)}, largest (MiB, input): {max(largest)}")
+    print(f"slowest (s, input): {max(slowest, default=0)}, largest (MiB, input): {max(largest)}")
     print(f"{len(refusals)} kinds of refusal, {time.time() - start:.0f} s, h5py {h5py.__version__}")
     sys.exit(counts["broke a rule"] > 0)
 
