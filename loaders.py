@@ -1,26 +1,35 @@
-"""How a file becomes an iterable of strings, one a sequence.
+"""How a file becomes an iterable of strings, one per sequence.
 
 `SequenceLoader` reads the lines of a text file, `VocabularyLoader` English words
 and `UserNameLoader` the first column of a CSV file. `find_loader` picks one.
 """
 
 import csv
+import gzip
+import io
 import itertools
 import os
+import re
+import shlex
+import unicodedata
+import zlib
 
-LONGEST_LINE = 2**20  # bytes; what is longer is no list of sequences
+LONGEST_LINE = 2**20  # characters; a file with a longer line is no list of sequences
+UNDECODED = re.compile("[\0\udc80-\udcff]")  # what "surrogateescape" makes of bytes; and NUL
 
 
 class SequenceLoader:
-    r"""Iterates over the sequences of a text file, one a line.
+    r"""Iterates over the sequences of a text file, one per line.
 
-    Blank lines are skipped; line ends (`\n` or `\r\n`) and a byte order mark
-    are stripped; every other character is kept. The file is streamed, and
-    read again at each iteration.
+    The file is UTF-8, with or without a byte order mark, or UTF-16 with one,
+    and may be compressed with gzip. Lines end in `\n`, `\r\n` or `\r`. Blank
+    ones are skipped, and characters are composed (Unicode's NFC): an `ö` is
+    one character however it was typed. Nothing else is changed. The file is
+    streamed, and read again at each iteration.
 
     Args:
-        path: str or path-like, a UTF-8 text file.
-        max_sequences: int or None, yield only the first so many.
+        path: str or path-like.
+        max_sequences: int or None, how many to yield at most; the first ones.
 
     Attributes:
         line: int, the line of the file on which the last sequence ended; the
@@ -31,9 +40,9 @@ class SequenceLoader:
 
     Raises:
         OSError: while iterating, if the file can't be opened or read.
-        ValueError: while iterating, if the file is not UTF-8, has a line of
-            `LONGEST_LINE` bytes or a NUL (the message names the line), or
-            holds no sequence at all.
+        ValueError: while iterating, if the file is not text, has a line of
+            `LONGEST_LINE` characters (the message names the line), or holds
+            no sequence at all.
 
     Example:
 
@@ -41,7 +50,9 @@ class SequenceLoader:
     ...     print(sequence)
     """
 
-    empty = "holds no sequence: every line is blank; it needs one sequence a line"
+    empty = "holds no sequence: every line is blank; it needs one sequence per line"
+
+    header, uneven = None, 0  # which only a CSV has
 
     def __init__(self, path, max_sequences=None):
         self.path = path
@@ -50,35 +61,49 @@ class SequenceLoader:
     def __iter__(self):
         self.line = 0
         sequences = filter(str.strip, self._records())
-        first = next(sequences, None)
-        if first is None:
+        sequence = None
+        for sequence in itertools.islice(sequences, self.max_sequences):
+            yield sequence
+        if sequence is None:
             raise ValueError(f"{self.path} {self.empty}.")
-        yield from itertools.islice(itertools.chain([first], sequences), self.max_sequences)
 
     def _records(self):
         for line in self._lines():
-            yield line.rstrip("\n").removesuffix("\r")
+            yield compose(line.rstrip("\r\n"))
 
     def _lines(self):
-        with open(self.path, "rb") as file:
-            while data := file.readline(LONGEST_LINE):
-                self.line += 1
-                if b"\0" in data:
-                    raise self._error(
-                        "it holds a NUL, so this is not UTF-8 text; if the file is text, "
-                        "convert it to UTF-8 first"
-                    )
-                if len(data) == LONGEST_LINE:
-                    raise self._error(
-                        f"longer than {LONGEST_LINE:,} bytes; name a file with one sequence a line"
-                    )
-                try:
-                    yield data.decode("utf-8-sig" if self.line == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise self._error(
-                        "not UTF-8 text; if the file is text, convert it to UTF-8 first. "
-                        f"Received: byte {error.object[error.start]:#04x}"
-                    ) from None
+        try:
+            with open(self.path, "rb") as file:
+                # Not by the file's name, which downloads and copies don't keep.
+                if file.peek(2).startswith(b"\x1f\x8b"):
+                    file = gzip.GzipFile(fileobj=file)
+                utf_16 = file.peek(2).startswith((b"\xff\xfe", b"\xfe\xff"))
+                encoding = "utf-16" if utf_16 else "utf-8-sig"
+                text = io.TextIOWrapper(file, encoding, "surrogateescape", newline="")
+                while line := text.readline(LONGEST_LINE):
+                    self.line += 1
+                    self._check(line)
+                    yield line
+        except UnicodeDecodeError as error:
+            self.line += 1
+            raise self._not_text(error.object[error.start]) from None
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{self.path} is damaged gzip: {error}.") from None
+
+    def _check(self, line):
+        if undecoded := UNDECODED.search(line):
+            raise self._not_text(ord(undecoded[0]) & 0xFF)
+        if len(line) == LONGEST_LINE:
+            raise self._error(
+                f"longer than {LONGEST_LINE:,} characters; name a file with one sequence per line"
+            )
+
+    def _not_text(self, byte):
+        return self._error(
+            f"byte {byte:#04x} is not UTF-8 text; convert the file, as with "
+            f"iconv -f LATIN1 -t UTF-8 {shlex.quote(os.fspath(self.path))}, or save a spreadsheet "
+            'as "CSV UTF-8"'
+        )
 
     def _error(self, reason):
         return ValueError(f"{self.path}, line {self.line}: {reason}.")
@@ -95,7 +120,8 @@ class VocabularyLoader(SequenceLoader):
     be the most frequent.
 
     Args:
-        path: str or path-like, a UTF-8 text file with one word a line.
+        path: str or path-like, a file with one word per line, encoded as for
+            `SequenceLoader`.
         max_sequences: int or None, yield only the n most frequent.
 
     Yields:
@@ -112,27 +138,35 @@ class VocabularyLoader(SequenceLoader):
         for word in super()._records():
             key = word.lower()
             if key not in words or word == key:
-                words[key] = self.line, word
+                words[key] = word, self.line
 
-        def rank(record):
-            word = record[1]
+        def frequency(record):
+            word, _ = record
             # Anything longer is no word, and would take wordfreq more memory than there is.
-            return -wordfreq.word_frequency(word, "en") if len(word) <= 1000 else 0.0
+            return wordfreq.word_frequency(word, "en") if len(word) <= 1000 else 0.0
 
-        for self.line, word in sorted(words.values(), key=rank):
+        for word, line in sorted(words.values(), key=frequency, reverse=True):
+            self.line = line
             yield word
 
 
 class UserNameLoader(SequenceLoader):
     """Iterates over the first column of a CSV file with a header.
 
-    The file is read by the `csv` module: a quoted field may hold commas,
-    quotes and line ends. The first row is ignored, and so are rows whose
-    first column is blank.
+    The file is read by the `csv` module: a quoted field may hold delimiters,
+    quotes and line ends. The delimiter is the comma, semicolon or tab that
+    cuts the first row into the most columns, or what Excel's line `sep=;`
+    says. The first row is ignored, and so are rows whose first column is
+    blank.
 
     Args:
-        path: str or path-like, a UTF-8 CSV file.
-        max_sequences: int or None, yield only the first so many.
+        path: str or path-like, a CSV file, encoded as for `SequenceLoader`.
+        max_sequences: int or None, how many to yield at most; the first ones.
+
+    Attributes:
+        line: as `SequenceLoader` has it.
+        header: list of str, the first row.
+        uneven: int, how many rows so far had more or fewer columns.
 
     Yields:
         str, one user name.
@@ -145,32 +179,56 @@ class UserNameLoader(SequenceLoader):
     empty = "holds no data row: after the header it needs a row with a first column"
 
     def _records(self):
-        rows = filter(None, csv.reader(self._lines(), strict=True))
-        row_end = 0
+        self.header, self.uneven, row_end = [], 0, 0
+        lines = itertools.dropwhile(lambda line: not line.strip("\r\n"), self._lines())
+        first = next(lines, "")
+        said = re.fullmatch(r'"?sep=([^"\w\r\n])"?[\r\n]*', first, re.IGNORECASE)
+        if said:
+            first = next(lines, "")
         try:
-            for number, row in enumerate(rows):
+            delimiter = said[1] if said else find_delimiter(first)
+            rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
+            for row in filter(None, rows):
                 row_end = self.line
-                if number > 0:
-                    yield row[0]
+                if not self.header:
+                    self.header = row
+                    continue
+                self.uneven += len(row) != len(self.header)
+                yield compose(row[0])
         except csv.Error as error:
             self.line = row_end + 1
             raise self._error(
                 f"not CSV from here on: {error}; look for a quote that is never closed, "
-                r"a quote within a field that is not written twice, and for lines that end in \r"
+                "or a quote within a field that is not written twice"
             ) from None
+
+
+def compose(text):
+    """Returns a str in which what Unicode can write as one character is one (NFC)."""
+    return unicodedata.normalize("NFC", text)
+
+
+def find_delimiter(line):
+    """Returns the delimiter, a str, that cuts a line of CSV into the most columns."""
+    return max(",;\t", key=lambda each: len(next(csv.reader([line], delimiter=each), ())))
 
 
 LOADERS = {loader.__name__: loader for loader in (SequenceLoader, VocabularyLoader, UserNameLoader)}
 
 
 def find_loader(path, name=None):
-    """Returns the class that reads a file: the one named, else the one its name asks for.
+    """Returns the class that reads a file: the one named, else the one its path asks for.
 
     Args:
-        path: str or path-like. What ends in `.csv` is read by `UserNameLoader`,
-            anything else by `SequenceLoader`.
+        path: str or path-like. What ends in `.csv` or `.csv.gz` is read by
+            `UserNameLoader`, anything else by `SequenceLoader`.
         name: str or None, a key of `LOADERS`, which overrules the path.
     """
     if name is not None:
         return LOADERS[name]
-    return UserNameLoader if os.fspath(path).lower().endswith(".csv") else SequenceLoader
+    return UserNameLoader if is_csv(path) else SequenceLoader
+
+
+def is_csv(path):
+    """Tells whether a file, by its path, is a CSV."""
+    return os.fspath(path).lower().endswith((".csv", ".csv.gz"))

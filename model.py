@@ -1,6 +1,6 @@
 """What a model is: its alphabet, its Keras network, the same network in NumPy, its `.h5` file.
 
-1. `Alphabet` and `encode`: strings become rows of small integers.
+1. `Alphabet` and `build_corpus`: strings become rows of small integers.
 2. `build_layers` and `total_loss`: the Keras network that learns from them, with
    `run_lstm`, whose gradient is worked out by hand.
 3. `SequenceModel`: the same network in NumPy, ready in a fraction of the time that
@@ -22,6 +22,7 @@ import re
 import signal
 import sys
 import tempfile
+import unicodedata
 
 import h5py
 import numpy as np
@@ -66,6 +67,14 @@ class Alphabet:
     def __len__(self):
         return len(self.symbols)
 
+    def normalize(self, text):
+        """Returns a str composed (NFC) or, if these characters can write only that, decomposed."""
+        composed, decomposed = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+        return decomposed if self._knows(decomposed) and not self._knows(composed) else composed
+
+    def _knows(self, text):
+        return self._ids[code_points(text)].all()
+
     def encode(self, text):
         """Returns the ids of a str's characters, an int32 array of its length.
 
@@ -76,7 +85,7 @@ class Alphabet:
         points = code_points(text)
         ids = self._ids[points]
         if not ids.all():
-            unknown = [repr(chr(point)) for point in np.unique(points[ids == 0])]
+            unknown = [name_character(chr(point)) for point in np.unique(points[ids == 0])]
             more = f" and {len(unknown) - 10:,} others" if len(unknown) > 10 else ""
             raise ValueError(
                 f"the model never saw {', '.join(unknown[:10])}{more} within a sequence"
@@ -103,24 +112,26 @@ class Corpus:
         rows: array `(sequences, longest)`, of the smallest unsigned integer
             type that holds the alphabet: the ids of each sequence's
             characters, padded with 0, the sentinel.
-        targets: int32 array `(sequences,)`: how many targets each sequence
-            gives, one a character and one for the end mark, which a sequence
-            that was cut does not have.
+        lengths: int32 array `(sequences,)`: how many steps of each row count,
+            one per character and one for the end mark, which a sequence that
+            was cut does not have.
         complete: bool array `(sequences,)`, False where the sequence was
             longer than `max_len` and its end is missing.
+        dropped: int, how many characters were cut off in all.
     """
 
     alphabet: Alphabet
     max_len: int
     rows: np.ndarray
-    targets: np.ndarray
+    lengths: np.ndarray
     complete: np.ndarray
+    dropped: int
 
     def __len__(self):
         return len(self.rows)
 
 
-def encode(sequences, sentinel="\n", max_len=None, characters=""):
+def build_corpus(sequences, sentinel="\n", max_len=None, characters=""):
     """Encodes sequences in one pass.
 
     Args:
@@ -136,45 +147,47 @@ def encode(sequences, sentinel="\n", max_len=None, characters=""):
         that were kept or given.
 
     Raises:
-        ValueError: if what is kept contains the sentinel, there are more
-            different characters than a model can have, or the rows would take
-            more than `LARGEST_CORPUS` bytes.
+        ValueError: if there is no sequence, what is kept contains the
+            sentinel, there are more different characters than a model can
+            have, or the rows would take more than `LARGEST_CORPUS` bytes.
 
     Example:
 
-    >>> encode(["ab", "b"]).rows
+    >>> build_corpus(["ab", "b"]).rows
     array([[1, 2],
            [2, 0]], dtype=uint8)
     """
     texts = list(sequences)
-    lengths = np.fromiter(map(len, texts), np.int32, len(texts))
-    max_len = max_len or min(int(lengths.max()), LONGEST)
-    complete = lengths <= max_len
-    lengths = np.minimum(lengths, max_len)
-    found = set(characters)
+    if not any(texts):
+        raise ValueError("there is no sequence to encode")
+    whole = np.fromiter(map(len, texts), np.int64, len(texts))
+    max_len = max_len or min(int(whole.max()), LONGEST)
+    complete, kept = whole <= max_len, np.minimum(whole, max_len)
+    used = set(characters)
     for text in texts:
-        found.update(text[:max_len])
-    if sentinel in found:
+        used.update(text[:max_len])
+    if sentinel in used:
         raise ValueError(f"sequences contain the sentinel, {sentinel!r}")
-    if len(found) >= LIMITS["alphabet"]:
+    if len(used) >= LIMITS["alphabet"]:
         raise ValueError(
-            f"{len(found):,} different characters are more than a model can have, "
+            f"{len(used):,} different characters are more than a model can have, "
             f"{LIMITS['alphabet'] - 1:,}; name a file of text"
         )
-    alphabet = Alphabet(sentinel + "".join(sorted(found)))
-    shape, dtype = (len(texts), int(lengths.max())), np.min_scalar_type(len(found))
+    alphabet = Alphabet(sentinel + "".join(sorted(used)))
+    shape, dtype = (len(texts), int(kept.max())), np.min_scalar_type(len(used))
     if math.prod(shape) * dtype.itemsize > LARGEST_CORPUS:
         raise ValueError(
             f"{shape[0]:,} sequences of up to {shape[1]:,} characters take more than "
-            f"{LARGEST_CORPUS / 2**30:,.0f} GiB; lower --max_len or --num_sequences"
+            f"{LARGEST_CORPUS / 2**30:,.0f} GiB; take fewer, or lower max_len"
         )
     rows = np.zeros(shape, dtype)
     step = max(1, 2**22 // shape[1])  # sequences at a time, to bound what is put aside
     for start in range(0, len(texts), step):
         block = slice(start, start + step)
-        kept = np.arange(shape[1]) < lengths[block, None]
-        rows[block][kept] = alphabet.encode("".join(text[:max_len] for text in texts[block]))
-    return Corpus(alphabet, max_len, rows, lengths + complete.astype(np.int32), complete)
+        filled = np.arange(shape[1]) < kept[block, None]
+        rows[block][filled] = alphabet.encode("".join(text[:max_len] for text in texts[block]))
+    lengths = (kept + complete).astype(np.int32)
+    return Corpus(alphabet, max_len, rows, lengths, complete, int((whole - kept).sum()))
 
 
 # 2. The Keras network
@@ -211,7 +224,7 @@ def run_lstm(projected, recurrent_kernel, kept=None):
 
     @ops.custom_gradient
     def run(projected, recurrent_kernel):
-        nothing = ops.zeros((batch, units))
+        zeros = ops.zeros((batch, units))
 
         def forward(step, carry):
             hidden, cell, hiddens, cells, gates = carry
@@ -225,34 +238,34 @@ def run_lstm(projected, recurrent_kernel, kept=None):
 
         states = ops.zeros((steps + 1, batch, units))  # before and after each step
         gates = ops.zeros((steps, batch, 4 * units))
-        carry = nothing, nothing, states, states, gates
+        carry = zeros, zeros, states, states, gates
         _, _, hiddens, cells, gates = ops.fori_loop(0, steps, forward, carry)
 
-        def gradient(upstream):
+        def gradient(d_hiddens):
             transposed = ops.transpose(recurrent_kernel)
 
             def backward(done, carry):
-                to_hidden, to_cell, slopes = carry
+                d_hidden, d_cell, d_totals = carry
                 step = steps - 1 - done
                 i, f, g, o = ops.split(gates[step], 4, axis=1)
-                output = ops.tanh(cells[step + 1])
-                to_hidden = to_hidden + upstream[step]
-                to_cell = to_cell + to_hidden * o * (1 - output * output)
-                slope = [
-                    to_cell * g * i * (1 - i),
-                    to_cell * cells[step] * f * (1 - f),
-                    to_cell * i * (1 - g * g),
-                    to_hidden * output * o * (1 - o),
+                tanh_cell = ops.tanh(cells[step + 1])
+                d_hidden = d_hidden + d_hiddens[step]
+                d_cell = d_cell + d_hidden * o * (1 - tanh_cell * tanh_cell)
+                d_total = [
+                    d_cell * g * i * (1 - i),
+                    d_cell * cells[step] * f * (1 - f),
+                    d_cell * i * (1 - g * g),
+                    d_hidden * tanh_cell * o * (1 - o),
                 ]
-                slope = ops.concatenate(slope, 1)
-                to_hidden = drop(ops.matmul(slope, transposed))
-                return to_hidden, to_cell * f, put(slopes, step, slope)
+                d_total = ops.concatenate(d_total, 1)
+                d_hidden = drop(ops.matmul(d_total, transposed))
+                return d_hidden, d_cell * f, put(d_totals, step, d_total)
 
-            carry = nothing, nothing, ops.zeros_like(gates)
-            _, _, slopes = ops.fori_loop(0, steps, backward, carry)
+            carry = zeros, zeros, ops.zeros_like(gates)
+            _, _, d_totals = ops.fori_loop(0, steps, backward, carry)
             # Not reshaped for a plain product: devices that share the batch would first have
             # to tell each other all of it.
-            return slopes, ops.tensordot(drop(hiddens[:-1]), slopes, ((0, 1), (0, 1)))
+            return d_totals, ops.tensordot(drop(hiddens[:-1]), d_totals, ((0, 1), (0, 1)))
 
         return hiddens[1:], gradient
 
@@ -309,8 +322,8 @@ def build_layers(
         layers: int, how many there are.
         dropout: float between 0 and 1, the share of each layer's outputs
             that is dropped while training.
-        recurrent_dropout: float between 0 and 1, as in `make_lstm_by_hand`.
-            Only layers with `by_hand` have it.
+        recurrent_dropout: float between 0 and 1, as in `make_lstm_by_hand`
+            or, without `by_hand`, as in `keras.layers.LSTM`.
         seed: int or None, makes the initial weights and the dropout repeatable.
         by_hand: bool, whether the LSTM layers come from `make_lstm_by_hand`.
 
@@ -340,16 +353,19 @@ def build_layers(
             "name": f"lstm_{layer}",
         }
         if by_hand:
-            built.append(make_lstm_by_hand(units, recurrent_dropout, **options))
+            lstm = make_lstm_by_hand(units, recurrent_dropout, **options)
         else:
-            built.append(LSTM(units, return_sequences=True, **options))
+            lstm = LSTM(
+                units, return_sequences=True, recurrent_dropout=recurrent_dropout, **options
+            )
+        built.append(lstm)
         built.append(Dropout(dropout, seed=draw(), name=f"dropout_{layer}"))
     kernel = GlorotUniform(draw())
     built.append(Dense(alphabet_size, "softmax", kernel_initializer=kernel, name="next_character"))
     return built
 
 
-def total_loss(network, rows, targets, training=False):
+def total_loss(network, rows, lengths, training=False):
     """Returns how badly a network predicts a batch: what it is trained to lower.
 
     With `s` for the sentinel, the row `abc` is read as `sabc` and should be
@@ -357,22 +373,23 @@ def total_loss(network, rows, targets, training=False):
 
     Args:
         network: the Keras network.
-        rows: int tensor `(batch, steps)`: ids, padded with 0. `steps` is at
-            least the largest number in `targets`.
-        targets: int tensor `(batch,)`, as in `Corpus`: the steps of each row
-            that count. 0 makes a row count for nothing.
+        rows: int tensor `(batch, steps)`: ids, padded with 0.
+        lengths: int tensor `(batch,)` of numbers up to `steps`, as in
+            `Corpus`: the steps of each row that count. A row of length 0
+            counts for nothing.
         training: bool, whether dropout is on.
 
     Returns:
-        Float32 scalar tensor: cross-entropy in nats, summed over all targets.
+        Float32 scalar tensor: cross-entropy in nats, summed over all steps
+        that count.
     """
     from keras import losses, ops
 
     read = ops.pad(rows[:, :-1], [[0, 0], [1, 0]])
     predicted = network(ops.one_hot(read, network.input_shape[-1]), training=training)
     nats = losses.sparse_categorical_crossentropy(rows, predicted)
-    counts = ops.arange(ops.shape(rows)[1], dtype=targets.dtype) < targets[:, None]
-    return ops.sum(ops.where(counts, nats, 0.0))
+    count = ops.arange(ops.shape(rows)[1], dtype=lengths.dtype) < lengths[:, None]
+    return ops.sum(ops.where(count, nats, 0.0))
 
 
 def weight_shapes(alphabet_size, units, layers):
@@ -433,6 +450,7 @@ class SequenceModel:
         self.max_len = max_len
         self.weights = weights
         *lstm, self._kernel, self._bias = weights
+        self.units = len(self._kernel)
         self._layers = []
         for index in range(0, len(lstm), 3):
             kernel, recurrent_kernel, bias = lstm[index : index + 3]
@@ -448,9 +466,8 @@ class SequenceModel:
         # Each gate's part becomes an array of its own, because NumPy is faster on whole
         # arrays than on columns; and those of the three sigmoids are halved, because
         # σ(x) = tanh(x / 2) / 2 + 1 / 2 then leaves one tanh to compute for all four.
-        units = len(self._kernel)
-        parts = [array.reshape(-1, 4, units) for array in weights]
-        gates = np.empty((4, sum(map(len, parts)), units), np.float32)
+        parts = [array.reshape(-1, 4, self.units) for array in weights]
+        gates = np.empty((4, sum(map(len, parts)), self.units), np.float32)
         start = 0
         for part in parts:
             rows = slice(start, start := start + len(part))
@@ -459,11 +476,10 @@ class SequenceModel:
         return gates
 
     def start(self, rows=1):
-        """Returns the `State` before anything is read, for so many sequences."""
-        layers, units = len(self._layers), len(self._kernel)
+        """Returns the `State` before anything is read, for this many sequences."""
         return State(
-            np.zeros((rows, layers * units), np.float32),
-            np.zeros((layers, rows, units), np.float32),
+            np.zeros((rows, len(self._layers) * self.units), np.float32),
+            np.zeros((len(self._layers), rows, self.units), np.float32),
         )
 
     def step(self, ids, state):
@@ -476,14 +492,14 @@ class SequenceModel:
 
         Args:
             ids: int array `(batch,)`.
-            state: `State` of at least so many rows. The first `batch` of
-                them are read on, in place; the others stay.
+            state: `State` of at least `batch` rows. The first `batch` of them
+                are updated in place; the others stay.
 
         Returns:
             Float32 array `(batch, alphabet)`: logits, whose softmax is the
             distribution of the next character.
         """
-        batch, units = len(ids), len(self._kernel)
+        batch, units = len(ids), self.units
         gates = np.empty((4, batch, units), np.float32)
         for layer, (weights, offsets) in enumerate(self._layers):
             hidden = state.hidden[:batch, : (layer + 1) * units]
@@ -532,18 +548,21 @@ class SequenceModel:
         return logits, state
 
     def check_prompt(self, prompt, max_len):
-        """Raises a ValueError if no sequence of at most `max_len` characters has this beginning."""
+        """Returns a prompt in the form that the model can read, as `Alphabet.normalize` does.
+
+        Raises a ValueError if no sequence of at most `max_len` characters has
+        this beginning.
+        """
+        prompt = self.alphabet.normalize(prompt)
         self.alphabet.encode(prompt)
         if len(prompt) > max_len:
-            raise ValueError(
-                f"{len(prompt)} characters are more than the longest sequence has, {max_len}; "
-                "--max_len changes that"
-            )
+            raise ValueError(f"{len(prompt)} characters are more than max_len, {max_len}, allows")
+        return prompt
 
     def batch_size(self, max_len):
         """Returns how many sequences of up to `max_len` characters to work on at a time, an int."""
-        layers, units = len(self._layers), len(self._kernel)
-        sizes = 2**23 // (max_len + 1), 2**21 // len(self.alphabet), 2**23 // (layers * units)
+        width = len(self._layers) * self.units
+        sizes = 2**23 // (max_len + 1), 2**21 // len(self.alphabet), 2**23 // width
         return max(1, min(BATCH, *sizes))
 
     def sample(
@@ -557,9 +576,8 @@ class SequenceModel:
 
         Args:
             prompt: str, what each sequence starts with; may be empty.
-            count: int, how many sequences; None goes on for ever.
-            temperature, top_k, top_p: what is made of the distribution, as
-                in `distribution`.
+            count: int, how many sequences; None goes on forever.
+            temperature, top_k, top_p: as in `distribution`.
             max_len: int or None, the longest sequence; None is the model's.
             seed: what `numpy.random.default_rng` takes: an int for the same
                 sequences each time, None for others, or a
@@ -570,22 +588,23 @@ class SequenceModel:
                 that changes about one sequence in 100,000.)
 
         Returns:
-            An iterator of str, each with the prompt.
+            An iterator of str, each with the prompt, composed (NFC).
 
         Raises:
             ValueError: if the prompt holds a character that the model can't
-                read or is longer than `max_len`.
+                read or is longer than `max_len`, or as `distribution` does.
 
         Example:
 
         >>> list(names.sample("Al", count=2, top_k=20, seed=1))
         """
-        max_len = max_len or self.max_len
-        self.check_prompt(prompt, max_len)
-        key = int(np.random.default_rng(seed).integers(2**63))
+        max_len = self.max_len if max_len is None else max_len
+        prompt = self.check_prompt(prompt, max_len)
+        check_shape(temperature, top_k, top_p)
         to_probabilities = functools.partial(
             distribution, temperature=temperature, top_k=top_k, top_p=top_p
         )
+        key = int(np.random.default_rng(seed).integers(2**63))
         return self._sample(prompt, count, max_len - len(prompt), to_probabilities, key)
 
     def _sample(self, prompt, count, steps, to_probabilities, key):
@@ -602,7 +621,7 @@ class SequenceModel:
             end = 0
             for length in np.count_nonzero(invented, axis=1).tolist():
                 begin, end = end, end + length
-                yield prompt + text[begin:end]
+                yield unicodedata.normalize("NFC", prompt + text[begin:end])
             start += batch
 
     def _finish(self, logits, state, steps, to_probabilities, draws):
@@ -662,17 +681,22 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
             characters likelier, above 1 evens them out, 0 always takes the
             likeliest.
         top_k: int or None, how many characters remain, the likeliest.
-        top_p: float or None: of the likeliest characters only so many remain
-            that their probabilities sum to at least this, and at least one.
+        top_p: float or None: only the likeliest characters remain, as few as
+            have this probability together, and at least one.
 
     Returns:
         Float64 array of that shape.
+
+    Raises:
+        ValueError: if `temperature` is below 0, `top_k` below 1 or `top_p`
+            not from 0 to 1.
 
     Example:
 
     >>> distribution(np.log([0.5, 0.3, 0.2]), top_k=2)
     array([0.625, 0.375, 0.   ])
     """
+    check_shape(temperature, top_k, top_p)
     if temperature == 0:
         temperature, top_k = 1.0, 1
     logits = logits - logits.max(axis=-1, keepdims=True).astype(np.float64)
@@ -693,6 +717,16 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
         ranked /= ranked.sum(axis=-1, keepdims=True)
         np.put_along_axis(probabilities, order, ranked, axis=-1)
     return probabilities
+
+
+def check_shape(temperature, top_k, top_p):
+    """Raises a ValueError if `distribution` can't have these arguments."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature should be at least 0. Received: {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k should be None or at least 1. Received: {top_k}")
+    if top_p is not None and not 0 <= top_p <= 1:
+        raise ValueError(f"top_p should be None or from 0 to 1. Received: {top_p}")
 
 
 # 4. The file
@@ -973,10 +1007,23 @@ class CommandLine(argparse.ArgumentParser):
 
     Like its parent it exits with status 2. Its help shows the defaults, and
     it takes no abbreviations, since they change as flags are added.
+
+    Attributes:
+        find_flag: function from a word, a str, to the flag that may be meant
+            before it.
     """
 
     def __init__(self, **options):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
+
+    def parse_args(self, args=None, namespace=None):
+        """Does what its parent does, but says which flag takes a word that has none."""
+        args, strays = self.parse_known_args(args, namespace)
+        if strays and strays[0].startswith("-"):
+            self.error(f"there is no flag {strays[0].partition('=')[0]}; --help shows all")
+        if strays:
+            self.error(f"{strays[0]!r} needs a flag before it: {self.find_flag(strays[0])}")
+        return args
 
     def error(self, message):
         """Prints the message, a str, and exits."""
@@ -1032,11 +1079,11 @@ def writing(flag, path):
 def check_target(flag, path, inputs):
     """Raises a UserError, before work is spent on it, if no file can be put at `path`.
 
-    It must be none of `inputs`, a dict from flags to the paths of what is read.
+    It must be none of `inputs`, pairs of a flag and the path of what is read.
     """
     if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
         raise UserError(f"{flag}: {path!r} is not a regular file; name one")
-    for name, other in inputs.items():
+    for name, other in inputs:
         if other is not None and is_same_file(path, other):
             raise UserError(f"{flag}: {path} is the file of {name}; name another one")
     with writing(flag, path):
@@ -1053,6 +1100,14 @@ def is_same_file(path, other):
     with contextlib.suppress(OSError):
         return os.path.samefile(path, other)
     return False
+
+
+def name_character(character):
+    """Returns how to name a character in a message, a str: as it looks, if that is visible."""
+    if "\udc80" <= character <= "\udcff":  # what Python makes of a byte that can't be decoded
+        return f"the byte 0x{ord(character) - 0xDC00:02x}, which is not UTF-8,"
+    visible = printable(character) == character and unicodedata.category(character)[0] != "M"
+    return repr(character) if visible or character.isascii() else f"U+{ord(character):04X}"
 
 
 def printable(text):

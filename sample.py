@@ -5,9 +5,11 @@ a pipe or a file. Neither Keras nor its backends are imported.
 """
 
 import contextlib
+import csv
 import dataclasses
 import functools
 import heapq
+import io
 import itertools
 import math
 import os
@@ -20,7 +22,7 @@ import warnings
 import numpy as np
 
 import model
-from loaders import LONGEST_LINE, find_loader
+from loaders import LOADERS, LONGEST_LINE, compose, find_loader, is_csv
 from model import CommandLine, UserError, within
 
 DESCRIPTION = "Invents sequences with a model that train.py saved."
@@ -52,6 +54,10 @@ UNUSED = {
 def parse_arguments(arguments=None):
     """Returns the parser and what it makes of a list of str, or None for the process's."""
     parser = CommandLine(prog="sample.py", description=DESCRIPTION, epilog=EXAMPLE)
+    parser.find_flag = lambda word: (
+        ("--weights_path" if word.endswith(".h5") or os.path.isfile(word) else "--prompt")
+        + f" {word}"
+    )
 
     source = parser.add_argument_group("model and prompt")
     source.add_argument(
@@ -61,7 +67,9 @@ def parse_arguments(arguments=None):
     )
     source.add_argument(
         "--prompt",
-        help="answer these first characters, which may be none, and exit; "
+        nargs="+",
+        action="extend",
+        help="answer these first characters, which may be none ('' then), and exit; "
         "write --prompt=-a if they start with a dash",
     )
 
@@ -106,8 +114,9 @@ def parse_arguments(arguments=None):
     drawing.add_argument(
         "--exclude",
         metavar="FILE",
-        help="none of this file's sequences, say of the training: one a line or, in a .csv, the "
-        "first column without the first line",
+        nargs="+",
+        action="extend",
+        help="no sequence that is in this file, say that of the training",
     )
 
     other = parser.add_argument_group("instead of drawing").add_mutually_exclusive_group()
@@ -121,21 +130,29 @@ def parse_arguments(arguments=None):
     other.add_argument(
         "--score",
         metavar="FILE",
-        help="score the sequences of a file (read as --exclude's is): nats per character, tab, "
-        "sequence; the mean goes to stderr",
+        help="score the sequences of a file: nats per character, tab, sequence; the mean goes to "
+        "stderr",
     )
 
-    parser.add_argument_group("results").add_argument(
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--loader_class",
+        choices=LOADERS,
+        help="how --exclude and --score read their files, as in train.py (default: UserNameLoader "
+        "for a .csv, else SequenceLoader)",
+    )
+    files.add_argument(
         "--output",
         metavar="FILE",
-        help="write the results here, in one step at the end: an error leaves the old file, Ctrl-C "
-        "keeps what there is; asks for no prompt on a terminal",
+        help="write the results here, a CSV with a header if it ends in .csv, in one step at the "
+        "end: an error leaves the old file, Ctrl-C keeps what there is; asks for no prompt on a "
+        "terminal",
     )
     args = parser.parse_args(arguments)
     for mode, names in UNUSED.items():
         for name in names.split() if getattr(args, mode) is not None else ():
             if getattr(args, name) != parser.get_default(name):
-                parser.error(f"--{mode} has no use for --{name}; leave one of them out")
+                parser.error(f"--{mode} has no use for --{name}; omit one of them")
     return parser, args
 
 
@@ -236,7 +253,7 @@ class Search:
 
     def add(self, value, text):
         """Adds a whole sequence, a str, with its log-probability, a float."""
-        if value > self.floor and text not in self.exclude:
+        if value > self.floor and compose(text) not in self.exclude:
             heapq.heappush(self.whole, (-value, text))
             full = len(self.best) == self.count
             (heapq.heappushpop if full else heapq.heappush)(self.best, value)
@@ -336,7 +353,7 @@ def most_likely(
 
     Returns:
         An iterator of tuples `(probability, sequence)`, the best first. Each
-        comes as soon as it is proven.
+        comes as soon as it is proven. Sequences are composed (NFC).
 
     Raises:
         ValueError: as `sample` does.
@@ -345,8 +362,9 @@ def most_likely(
 
     >>> list(most_likely(names, "Al", count=3))
     """
-    max_len = max_len or trained.max_len
-    trained.check_prompt(prompt, max_len)
+    max_len = trained.max_len if max_len is None else max_len
+    prompt = trained.check_prompt(prompt, max_len)
+    model.check_shape(temperature, top_k, top_p)
     to_probabilities = functools.partial(
         model.distribution, temperature=temperature, top_k=top_k, top_p=top_p
     )
@@ -373,7 +391,7 @@ def _take_proven(search, prompt, count, warn):
             else:
                 warn(f"no more than {found:,} sequences are possible, not {count:,}")
             return
-        yield math.exp(best[0]), best[1]
+        yield math.exp(best[0]), compose(best[1])
 
 
 # Scores
@@ -392,55 +410,55 @@ def score(trained, sequences, max_len=None):
             the model's.
 
     Yields:
-        Tuple `(sequence, nats, targets)`: a str; a float, its negative
+        Tuple `(sequence, nats, length)`: a str; a float, its negative
         log-likelihood; and an int, how many characters and ends that covers.
         `inf` and 0 if it holds a character that the model can't read.
 
     Example:
 
-    >>> [(text, nats / targets) for text, nats, targets in score(names, ["Alan", "Xqzj"])]
+    >>> [(text, nats / length) for text, nats, length in score(names, ["Alan", "Xqzj"])]
     """
-    max_len = max_len or trained.max_len
+    max_len = trained.max_len if max_len is None else max_len
     iterator = iter(sequences)
     while block := list(itertools.islice(iterator, trained.batch_size(max_len))):
         yield from zip(block, *_score(trained, block, max_len))
 
 
 def _score(trained, texts, max_len):
-    rows, targets = [], np.zeros(len(texts), int)
+    rows, lengths = [], np.zeros(len(texts), int)
     for index, text in enumerate(texts):
+        text = trained.alphabet.normalize(text)
         try:
             rows.append(trained.alphabet.encode(text[:max_len]))
-            targets[index] = len(rows[-1]) + (len(text) <= max_len)
+            lengths[index] = len(rows[-1]) + (len(text) <= max_len)
         except ValueError:
             rows.append(np.zeros(0, int))
-    order = np.argsort(-targets, kind="stable")  # so that those still being read are the first
-    padded = np.zeros((len(texts), targets.max() + 2), int)
+    order = np.argsort(-lengths, kind="stable")  # so that those still being read are the first
+    padded = np.zeros((len(texts), lengths.max() + 2), int)
     for place, index in enumerate(order):
         padded[place, 1 : len(rows[index]) + 1] = rows[index]
     state = trained.start(len(texts))
-    nats = np.where(targets > 0, 0.0, np.inf)
-    for step in range(targets.max()):
-        count = np.count_nonzero(targets > step)
+    nats = np.where(lengths > 0, 0.0, np.inf)
+    for step in range(lengths.max()):
+        count = np.count_nonzero(lengths > step)
         logits = trained.step(padded[:count, step], state).astype(np.float64)
         logits -= logits.max(axis=1, keepdims=True)
         likelihood = logits[np.arange(count), padded[:count, step + 1]]
         nats[order[:count]] += np.log(np.exp(logits).sum(axis=1)) - likelihood
-    return nats.tolist(), targets.tolist()
+    return nats.tolist(), lengths.tolist()
 
 
-# Finding results as the command line asks
+# Finding results as the command line asks: tuples of a sequence and perhaps a number
 
 
-def make_finder(args, trained, known, warn, escape):
-    """Makes the function that finds the lines to show for a prompt, as the command line asks.
+def make_finder(args, trained, known, warn):
+    """Makes the function that finds the results for a prompt, as the command line asks.
 
     Args:
         args: the command line.
         trained: `model.SequenceModel`.
         known: set of str, what must not be found.
         warn: function that is told, in a str, why there are fewer results.
-        escape: function from a str to how it is to be shown.
     """
     rng = np.random.default_rng(args.seed)
     shaping = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "max_len")}
@@ -451,14 +469,14 @@ def make_finder(args, trained, known, warn, escape):
 
         if args.most_likely is not None:
             limits = {"exclude": known, "warn": warn_here}
-            found = most_likely(trained, prompt, args.most_likely, **shaping, **limits)
-            return (f"{probability:#.6g}\t{escape(text)}" for probability, text in found)
+            likeliest = most_likely(trained, prompt, args.most_likely, **shaping, **limits)
+            return ((text, f"{probability:#.6g}") for probability, text in likeliest)
         picky = args.unique or args.exclude is not None
         count = None if picky else args.num_samples
-        found = trained.sample(prompt, count, **shaping, seed=rng)
+        texts = trained.sample(prompt, count, **shaping, seed=rng)
         if picky:
-            found = pick_new(found, known, args.unique, args.num_samples, warn_here)
-        return map(escape, found)
+            texts = pick_new(texts, known, args.unique, args.num_samples, warn_here)
+        return zip(texts)
 
     return find
 
@@ -472,22 +490,22 @@ def find_for_all(find, prompts):
             raise UserError(f"prompt {number}: {error}; nothing was written") from None
 
 
-def find_scores(args, trained, escape, warn):
-    """Yields the lines of `--score` and at the end tells, in a str, what the mean is."""
-    nats = targets = known = unknown = cut = 0
+def find_scores(args, trained, warn):
+    """Yields the results of `--score` and at the end tells, in a str, what the mean is."""
+    total = steps = known = unknown = cut = 0
     max_len = args.max_len or trained.max_len
-    for text, value, count in score(trained, read_sequences("--score", args.score), max_len):
-        yield f"{value / max(count, 1):.6f}\t{escape(text)}"
-        if count:
-            nats, targets, known = nats + value, targets + count, known + 1
+    for text, nats, length in score(trained, read_sequences(args, "--score", args.score), max_len):
+        yield text, f"{nats / max(length, 1):.6f}"
+        if length:
+            total, steps, known = total + nats, steps + length, known + 1
             cut += len(text) > max_len
         else:
             unknown += 1
     if known:
-        mean = nats / targets
+        mean = total / steps
         warn(
             f"{mean:.6f} nats per character, perplexity {math.exp(min(mean, 700)):.6g}: the mean "
-            f"over {known:,} sequences with {targets:,} characters and ends"
+            f"over {known:,} sequences with {steps:,} characters and ends"
         )
     if unknown:
         more = "more hold" if known else "sequences, all of them, hold"
@@ -496,10 +514,10 @@ def find_scores(args, trained, escape, warn):
         warn(f"{cut:,} were longer than {max_len} characters and cut (--max_len)")
 
 
-def read_sequences(flag, path):
+def read_sequences(args, flag, path):
     """Yields the sequences of the file that a flag names; raises a UserError if it can't."""
     with model.reading(flag, path, "a file of sequences"):
-        yield from find_loader(path)(path)
+        yield from find_loader(path, args.loader_class)(path)
 
 
 # Showing them
@@ -559,6 +577,25 @@ def with_progress(results, total, shown):
     options = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
     with Progress(*columns, console=Console(stderr=True), **options) as progress:
         yield from progress.track(results, total, description="")
+
+
+def to_line(result, escape):
+    """Returns a result as a line, its number first and its sequence as `escape` returns it."""
+    text, *number = result
+    return "\t".join([*number, escape(text)])
+
+
+def to_csv(results, columns):
+    """Yields the rows of a CSV, each a str; the names of its columns come with the first result."""
+    rows = io.StringIO()
+    writer = csv.writer(rows, lineterminator="\n")
+    writer.writerow(columns)
+    for result in results:
+        writer.writerow(result)
+        yield rows.getvalue().removesuffix("\n")
+        rows.seek(rows.truncate(0))
+    if rows.getvalue():
+        yield rows.getvalue().removesuffix("\n")
 
 
 def write(path, lines):
@@ -661,50 +698,64 @@ def tell(text):
 def run(args):
     """Does what the command line asks for and returns the exit status."""
     if args.output is not None:
-        inputs = {"--weights_path": args.weights_path, "--exclude": args.exclude}
-        inputs |= {"--score": args.score, "standard input": "/dev/stdin"}
+        inputs = [("--weights_path", args.weights_path), ("--score", args.score)]
+        inputs += [("standard input", "/dev/stdin")]
+        inputs += [("--exclude", path) for path in args.exclude or ()]
         model.check_target("--output", args.output, inputs)
     asks = args.prompt is None and args.score is None
-    if asks and args.exclude is not None and model.is_same_file(args.exclude, "/dev/stdin"):
+    if asks and any(model.is_same_file(path, "/dev/stdin") for path in args.exclude or ()):
         raise UserError("--exclude is standard input, from which prompts come; pass --prompt too")
     with model.reading("--weights_path", args.weights_path, "a model's file"):
         trained, _ = model.load(args.weights_path)
-    known = set() if args.exclude is None else set(read_sequences("--exclude", args.exclude))
+    known = set()
+    for path in args.exclude or ():
+        known.update(read_sequences(args, "--exclude", path))
     to_terminal = args.output is None and sys.stdout.isatty()
     escape = model.printable if to_terminal else keep_to_one_line
     notes = []
-    find = make_finder(args, trained, known, notes.append, escape)
+    find = make_finder(args, trained, known, notes.append)
 
     def tell_notes():
         while notes:
             tell(f"sample.py: {notes.pop(0)}")
 
-    def show_results(lines):
+    def show_results(results):
+        lines = (to_line(result, escape) for result in results)
         show(lines, columns=to_terminal and args.most_likely is None and args.score is None)
         tell_notes()
 
-    total = args.most_likely or args.num_samples
+    prompts = args.prompt or [""]
+    total = (args.most_likely or args.num_samples) * len(prompts)
     if args.score is not None:
-        lines, total = find_scores(args, trained, escape, notes.append), None
+        results, total = find_scores(args, trained, notes.append), None
     elif args.prompt is not None or (args.output is not None and sys.stdin.isatty()):
         try:
-            lines = find(args.prompt or "")
+            results = itertools.chain(*map(find, prompts))  # all prompts are checked here
         except ValueError as error:
             raise UserError(f"--prompt: {error}") from None
     elif args.output is not None:
-        lines, total = find_for_all(find, read_prompts()), None
+        results, total = find_for_all(find, read_prompts()), None
     elif sys.stdin.isatty():
         converse(lambda prompt: show_results(find(prompt)))
         return 0
     else:
         return answer_all(lambda prompt: show_results(find(prompt)), read_prompts())
 
-    lines = with_progress(lines, total, shown=sys.stderr.isatty() and not to_terminal)
+    results = with_progress(results, total, shown=sys.stderr.isatty() and not to_terminal)
     if args.output is None:
-        show_results(lines)
+        show_results(results)
         return 0
+    if is_csv(args.output):
+        columns = ["sequence"]
+        if args.most_likely is not None:
+            columns.append("probability")
+        elif args.score is not None:
+            columns.append("nats_per_character")
+        lines = to_csv(results, columns)
+    else:
+        lines = (to_line(result, escape) for result in results)
     try:
-        with model.writing("--output", args.output), contextlib.closing(lines):
+        with model.writing("--output", args.output), contextlib.closing(results):
             count, stopped = write(args.output, lines)
     except KeyboardInterrupt:
         tell("Stopped: nothing was written")

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import ctypes
 import gc
+import glob
 import hashlib
 import importlib.util
 import itertools
@@ -20,6 +21,7 @@ import signal
 import sys
 import time
 import typing
+import unicodedata
 
 import numpy as np
 
@@ -45,6 +47,7 @@ SETTINGS = (
     "seed",
 )
 SHOWN = 8  # sequences that are invented after each epoch
+LINE = 100  # characters of a line that shows them
 LARGEST_NETWORK = 2**30  # weights; Adam and the best epoch take four times as many numbers
 BACKENDS = ("tensorflow", "jax")
 
@@ -55,13 +58,18 @@ BACKENDS = ("tensorflow", "jax")
 def parse_arguments(arguments=None):
     """Returns the parser and what it makes of a list of str, or None for the process's."""
     parser = CommandLine(prog="train.py", description=DESCRIPTION, epilog=EXAMPLE)
+    parser.find_flag = lambda word: (
+        f"--init_from {word} to start from a model, --save_path {word} to name the new one"
+        if word.endswith(".h5")
+        else f"--sequence_path {word}"
+    )
 
     data = parser.add_argument_group("data")
     data.add_argument(
         "--loader_class",
         choices=LOADERS,
-        help="what the file is: one sequence a line; English words, the most used first; or a CSV "
-        "whose first column counts (default: UserNameLoader for a .csv, else SequenceLoader)",
+        help="what the file is: one sequence per line; English words, the most used first; or a "
+        "CSV whose first column counts (default: UserNameLoader for a .csv, else SequenceLoader)",
     )
     data.add_argument(
         "--sequence_path", "--sequences_path", default="sequences.txt", help="the file"
@@ -72,14 +80,14 @@ def parse_arguments(arguments=None):
     data.add_argument(
         "--max_len",
         type=within(int, 1, model.LIMITS["max_len"]),
-        help="cut sequences to so many characters (default: the longest one's, "
+        help="cut sequences to this many characters (default: the longest one's, "
         f"at most {model.LONGEST})",
     )
     data.add_argument(
         "--sentinel",
         type=one_character,
-        help="a character that no sequence contains, to mark where they end "
-        r"(default: the newline, '\n', or that of --init_from)",
+        help="a character that no sequence contains, to mark where they end; "
+        r"may be written as \n, \t, \x1f or \u2028 (default: \n, or that of --init_from)",
     )
     data.add_argument(
         "--validation_split",
@@ -163,59 +171,103 @@ def parse_arguments(arguments=None):
 
 
 def one_character(text):
-    """The `argparse` type of `--sentinel`."""
-    if len(text) != 1 or "\ud800" <= text <= "\udfff":
-        raise argparse.ArgumentTypeError(f"not a single character: {text!r}")
-    return text
+    """The `argparse` type of `--sentinel`, which takes the escapes of Python."""
+    character = text
+    if text.startswith("\\") and text.isascii():
+        with contextlib.suppress(UnicodeDecodeError):
+            character = text.encode().decode("unicode_escape")
+    character = unicodedata.normalize("NFC", character)
+    if len(character) != 1 or "\ud800" <= character <= "\udfff":
+        points = ", ".join(f"U+{ord(point):04X}" for point in character[:8]) or "none"
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a single character, but {len(character)} code points: {points}"
+        )
+    return character
 
 
 # The data
 
 
+class Data(typing.NamedTuple):
+    """What there is to learn from.
+
+    Attributes:
+        corpus: `model.Corpus`.
+        training: int32 array, the indices of the sequences to learn.
+        held_out: int32 array, those of the sequences to validate with.
+        loader: what read them, of one of the classes in `LOADERS`.
+    """
+
+    corpus: model.Corpus
+    training: np.ndarray
+    held_out: np.ndarray
+    loader: object
+
+
 def read_source(args):
     """Reads the `SequenceModel` at `--init_from` and fills in the flags that it decides."""
-    source, found = None, {"units": UNITS, "layers": LAYERS, "sentinel": SENTINEL}
+    source, defaults = None, {"units": UNITS, "layers": LAYERS, "sentinel": SENTINEL}
     if args.init_from is not None:
         with model.reading("--init_from", args.init_from, "a model's file"):
             source, metadata = model.load(args.init_from)
-        found = {**metadata, "sentinel": source.alphabet.sentinel}
+        defaults = {**metadata, "sentinel": source.alphabet.sentinel}
         for name in ("units", "layers"):
-            if getattr(args, name) not in (None, found[name]):
+            if getattr(args, name) not in (None, defaults[name]):
                 raise UserError(
-                    f"--{name}: {args.init_from} has {found[name]}; omit the flag to keep them"
+                    f"--{name}: {args.init_from} has {defaults[name]}; omit the flag to keep them"
                 )
         if args.sentinel is not None and args.sentinel in source.alphabet.symbols[1:]:
             raise UserError(
                 f"--sentinel: to {args.init_from} {args.sentinel!r} is a character like others; "
-                f"omit the flag to keep its sentinel, {found['sentinel']!r}"
+                f"omit the flag to keep its sentinel, {defaults['sentinel']!r}"
             )
     for name in ("units", "layers", "sentinel"):
         if getattr(args, name) is None:
-            setattr(args, name, found[name])
+            setattr(args, name, defaults[name])
     return source
 
 
-def read_corpus(args, characters):
-    """Reads and encodes the data into a `model.Corpus` that has these characters anyway."""
+def read_data(args, source):
+    """Reads the sequences and chooses those that are held out: returns `Data`.
+
+    Their alphabet has the characters of the `SequenceModel` `source` too, if
+    that is not None.
+    """
     loader_class = find_loader(args.sequence_path, args.loader_class)
     loader = loader_class(args.sequence_path, max_sequences=args.num_sequences)
+    characters = source.alphabet.symbols[1:] if source else ""
     sequences, clashes = [], []
     with model.reading("--sequence_path", args.sequence_path, "a file with your sequences"):
         for sequence in loader:
             sequences.append(sequence)
             if args.sentinel in sequence:
                 clashes.append(loader.line)
-        if not clashes:
-            return model.encode(sequences, args.sentinel, args.max_len, characters)
-    used = set(characters).union(*sequences)
+        if clashes:
+            raise ValueError(explain_clash(args, clashes, set(characters).union(*sequences)))
+        corpus = model.build_corpus(sequences, args.sentinel, args.max_len, characters)
+    data = Data(corpus, *split(corpus, args.validation_split), loader)
+    if args.patience and not len(data.held_out):
+        raise UserError(
+            f"--patience: {args.validation_split} of {len(corpus):,} sequences is none to validate "
+            "with; omit --patience or raise --validation_split"
+        )
+    return data
+
+
+def explain_clash(args, lines, used):
+    """Returns what is wrong, a str, where sequences contain the sentinel.
+
+    `lines` is a list of their lines in the file, `used` the set of all
+    characters there.
+    """
     free = next(
         symbol
         for symbol in itertools.chain(" |~^_", map(chr, range(33, 0x110000)))
         if symbol not in used and model.printable(symbol) == symbol
     )
-    raise UserError(
-        f"{args.sequence_path}, line {clashes[0]}: the sequence contains the sentinel "
-        f"{args.sentinel!r} ({len(clashes)} in all do); pass a character that none contains, "
+    return (
+        f"{args.sequence_path}, line {lines[0]}: the sequence contains the sentinel "
+        f"{args.sentinel!r} ({len(lines)} in all do); pass a character that none contains, "
         f"such as --sentinel {shlex.quote(free)}"
     )
 
@@ -248,16 +300,26 @@ def as_bytes(rows):
     return rows.view(f"V{rows[0].nbytes}").ravel()
 
 
-def describe(args, corpus, source):
+def count_characters(corpus, indices):
+    """Counts the targets of sequences, an int array of indices: returns an array by id."""
+    counts = sum(
+        np.bincount(column[indices], minlength=len(corpus.alphabet)) for column in corpus.rows.T
+    )
+    counts[0] = np.count_nonzero(corpus.complete[indices])  # the padding is no target
+    return counts
+
+
+def describe(args, data, source):
     """Returns the metadata of a run that has not begun: a dict for `model.save`."""
-    data = hash_bytes(corpus.alphabet.symbols.encode(), corpus.rows, corpus.complete)
+    corpus = data.corpus
+    fingerprint = hash_bytes(corpus.alphabet.symbols.encode(), corpus.rows, corpus.complete)
     return {
         "alphabet": corpus.alphabet.symbols,
         "max_len": corpus.max_len,
         "units": args.units,
         "layers": args.layers,
-        "loader_class": find_loader(args.sequence_path, args.loader_class).__name__,
-        "data": {"sequences": len(corpus), "sha256": data},
+        "loader_class": type(data.loader).__name__,
+        "data": {"sequences": len(corpus), "sha256": fingerprint},
         "settings": {name: getattr(args, name) for name in SETTINGS},
         "init_from": source and hash_bytes(*source.weights),
         "epochs": args.epochs,
@@ -387,13 +449,14 @@ class Plan(typing.NamedTuple):
             Python is lost in the work, and few enough that progress and
             Ctrl-C are not kept waiting.
         parts: int, in how many parts a batch comes.
-        lengths: sorted int array, the lengths that a part may be padded to.
+        padded_lengths: sorted int array, the lengths that a part may be
+            padded to.
     """
 
     batch_size: int
     depth: int
     parts: int
-    lengths: np.ndarray
+    padded_lengths: np.ndarray
 
 
 def plan_stacks(args, corpus, count, compiled):
@@ -408,7 +471,7 @@ def plan_stacks(args, corpus, count, compiled):
     """
     batch_size = min(args.batch_size, count)
     batches = math.ceil(count / batch_size)
-    longest = int(corpus.targets.max())
+    longest = int(corpus.lengths.max())
     weights = 4 * args.units * (len(corpus.alphabet) + (2 * args.layers - 1) * args.units)
     # A multiplication and an addition per weight and step, and twice that in the backward pass.
     operations = 6 * weights * batch_size * longest
@@ -421,7 +484,7 @@ def plan_stacks(args, corpus, count, compiled):
         return Plan(batch_size, depth, 1, np.array([longest]))
     # About as long as the first part of a batch becomes, or half of all whole batches.
     share = 1 / parts if parts > 1 else 0.5 ** (1 / batch_size)
-    lengths = np.geomspace(longest, np.quantile(corpus.targets, share), choices)
+    lengths = np.geomspace(longest, np.quantile(corpus.lengths, share), choices)
     return Plan(batch_size, depth, parts, np.unique(np.ceil(lengths - 1e-6).astype(int)))
 
 
@@ -442,46 +505,46 @@ def make_stacks(corpus, chosen, plan, seed=None, devices=1):
         devices: int, the size of each part is a multiple of this.
 
     Yields:
-        Tuple of a pair `(rows, targets)` for each part: ids `(part of the
-        batch, depth, length)`, of the type of `corpus.rows`, and how many
-        targets each row gives, int32 `(part of the batch, depth)`. Rows that
-        only fill up have no targets.
+        Tuple of a pair `(rows, lengths)` for each part: ids `(part of the
+        batch, depth, padded length)`, of the type of `corpus.rows`, and the
+        length of each row, int32 `(part of the batch, depth)`, 0 for those
+        that only fill up.
 
     Example, five sequences in batches of two, a stack of three batches deep:
 
-    >>> corpus = model.encode(["a", "bb", "ccc", "d", "ee"])
-    >>> [(rows, targets)] = next(make_stacks(corpus, np.arange(5), Plan(2, 3, 1, np.arange(5))))
+    >>> corpus = model.build_corpus(["a", "bb", "ccc", "d", "ee"])
+    >>> [(rows, lengths)] = next(make_stacks(corpus, np.arange(5), Plan(2, 3, 1, np.arange(5))))
     >>> rows[1]  # the longer sequence of each batch: "bb", "ee", "ccc"
     array([[2, 2, 0, 0],
            [5, 5, 0, 0],
            [3, 3, 3, 0]], dtype=uint8)
-    >>> targets  # beside "bb" stands "a", beside "ee" nothing, beside "ccc" "d"
+    >>> lengths  # beside "bb" stands "a", beside "ee" nothing, beside "ccc" "d"
     array([[2, 0, 2],
            [3, 3, 4]], dtype=int32)
     """
-    batch_size, depth, parts, lengths = plan
+    batch_size, depth, parts, padded_lengths = plan
     rng = None if seed is None else np.random.default_rng(seed)
     order = chosen if rng is None else rng.permutation(chosen)
     count = math.ceil(len(order) / batch_size)
     order = np.append(order, np.zeros(count * batch_size - len(order), order.dtype))
     order = order.reshape(count, batch_size)
-    targets = corpus.targets[order]
-    targets.ravel()[len(chosen) :] = 0
-    ranking = np.argsort(targets, axis=1, kind="stable")
-    order, targets = (np.take_along_axis(array, ranking, axis=1) for array in (order, targets))
-    ranking = np.argsort(targets[:, -1], kind="stable")
-    stacks = [ranking[start : start + depth] for start in range(0, count, depth)]
+    lengths = corpus.lengths[order]
+    lengths.ravel()[len(chosen) :] = 0
+    by_length = np.argsort(lengths, axis=1, kind="stable")
+    order, lengths = (np.take_along_axis(array, by_length, axis=1) for array in (order, lengths))
+    by_longest = np.argsort(lengths[:, -1], kind="stable")
+    stacks = [by_longest[start : start + depth] for start in range(0, count, depth)]
     if rng is not None:
         stacks = [rng.permutation(stacks[index]) for index in rng.permutation(len(stacks))]
     for batches in stacks:
         stack = []
         for part in np.array_split(np.arange(batch_size), parts):
             # All parts are compiled together, so that each of several has one length.
-            longest = (targets if parts > 1 else targets[batches])[:, part].max()
-            length = lengths[np.searchsorted(lengths, longest)]
-            shape = math.ceil(len(part) / devices) * devices, depth, length
-            rows = pad(corpus.rows[order[batches][:, part].T, :length], shape)
-            stack.append((rows, pad(targets[batches][:, part].T, shape[:2])))
+            longest = (lengths if parts > 1 else lengths[batches])[:, part].max()
+            padded_length = padded_lengths[np.searchsorted(padded_lengths, longest)]
+            shape = math.ceil(len(part) / devices) * devices, depth, padded_length
+            rows = pad(corpus.rows[order[batches][:, part].T, :padded_length], shape)
+            stack.append((rows, pad(lengths[batches][:, part].T, shape[:2])))
         yield tuple(stack)
 
 
@@ -508,8 +571,9 @@ def check_backend(name):
 def keep_memory():
     """Makes glibc keep what is freed.
 
-    An XLA program takes its memory anew at each call, and each matrix product its own: given back
-    to the system each time, it costs up to half of the speed in page faults.
+    An XLA program takes its memory anew at each call, and so does each matrix
+    product. Given back to the system each time, it costs up to half of the
+    speed in page faults.
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # where there is no glibc
         mallopt = ctypes.CDLL(None).mallopt
@@ -534,6 +598,9 @@ def quiet():
 def import_keras():
     """Imports Keras and wakes its backend."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if os.environ.get("KERAS_BACKEND") != "jax":  # which may have a GPU to compile for
+        # It compiles in two thirds of the time, to programs that are as fast.
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
     keep_memory()
     # What an import leaves is there to stay: to search it for garbage, again and again
     # and once more at the exit, takes a third of the time.
@@ -544,9 +611,12 @@ def import_keras():
 
             if keras.backend.backend() == "tensorflow":
                 keras.distribution.list_devices()
-    except (AttributeError, TypeError, ValueError) as error:  # of what keras.json says
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"Keras can't start: {reason}; see ~/.keras/keras.json") from None
+        raise UserError(
+            f"Keras can't start: {reason}; install anew with pip install -r requirements.txt, or "
+            "see what ~/.keras/keras.json and KERAS_BACKEND name as its backend"
+        ) from None
     gc.freeze()
     gc.enable()
     check_backend(keras.backend.backend())
@@ -563,7 +633,7 @@ def make_tensorflow_network(layers, scale, xla):
 
     Returns:
         A `keras.Sequential` for `fit` on what `make_stacks` yields. Its loss
-        is in nats per target.
+        is in nats per character or end mark.
     """
     import keras
     import tensorflow as tf
@@ -598,9 +668,9 @@ def make_tensorflow_network(layers, scale, xla):
                 batch = tf.nest.map_structure(lambda array: array[:, step], stack)
                 return step + 1, total + of_batch(batch)
 
-            batches, targets = count_targets(stack)
+            batches, steps = count(stack)
             total = tf.while_loop(lambda step, _: step < batches, add_next, (0, 0.0))[1]
-            nats.update_state(total / targets, targets)
+            nats.update_state(total / steps, steps)
             return {"loss": nats.result()}
 
     return Network(layers)
@@ -628,9 +698,9 @@ def make_jax_network(layers, scale):
                 return trainable, others, slots, total + loss
 
             *state, metrics = state
-            batches, targets = count_targets(stack)
+            batches, steps = count(stack)
             *state, total = jax.lax.fori_loop(0, batches, learn_next, (*state, 0.0))
-            logs, metrics = self.report(metrics, total, targets)
+            logs, metrics = self.report(metrics, total, steps)
             return logs, (*state, metrics)
 
         def test_step(self, state, stack):
@@ -639,34 +709,34 @@ def make_jax_network(layers, scale):
             def add_next(step, total):
                 return total + self.batch_loss(trainable, others, stack, step, False)[1][0]
 
-            batches, targets = count_targets(stack)
+            batches, steps = count(stack)
             total = jax.lax.fori_loop(0, batches, add_next, 0.0)
-            logs, metrics = self.report(metrics, total, targets)
+            logs, metrics = self.report(metrics, total, steps)
             return logs, (trainable, others, metrics)
 
         def batch_loss(self, trainable, others, stack, step, training):
             variables = self.trainable_variables + self.non_trainable_variables
             with keras.StatelessScope(zip(variables, [*trainable, *others])) as scope:
                 loss = sum(
-                    model.total_loss(self, rows[:, step], targets[:, step], training)
-                    for rows, targets in stack
+                    model.total_loss(self, rows[:, step], lengths[:, step], training)
+                    for rows, lengths in stack
                 )
                 others = [scope.get_current_value(each) for each in self.non_trainable_variables]
             return loss * scale, (loss, others)
 
-        def report(self, metrics, total, targets):
-            metrics = nats.stateless_update_state(metrics, total / targets, targets)
+        def report(self, metrics, total, steps):
+            metrics = nats.stateless_update_state(metrics, total / steps, steps)
             return {"loss": nats.stateless_result(metrics)}, metrics
 
     return Network(layers)
 
 
-def count_targets(stack):
-    """Returns how many batches of a stack are real, an int tensor, and their targets, float32."""
+def count(stack):
+    """Returns how many batches of a stack are real, an int tensor, and their steps, float32."""
     from keras import ops
 
-    counts = sum(ops.sum(targets, axis=0) for _, targets in stack)
-    return ops.sum(ops.cast(counts > 0, "int32")), ops.cast(ops.sum(counts), "float32")
+    steps = sum(ops.sum(lengths, axis=0) for _, lengths in stack)
+    return ops.sum(ops.cast(steps > 0, "int32")), ops.cast(ops.sum(steps), "float32")
 
 
 def learns_by_hand(args):
@@ -683,51 +753,51 @@ def learns_by_hand(args):
     return faster or args.recurrent_dropout > 0 or args.distribute
 
 
-def prepare_network(args, corpus, training, source):
-    """Builds and compiles the network and its optimizer.
-
-    It knows what the `SequenceModel` `source` does or, without one, how
-    frequent each character of the training data is.
-    """
+def prepare_network(args, data, source):
+    """Builds and compiles the network, with the weights that `initial_weights` gives."""
     import keras
 
     backend, devices = keras.backend.backend(), keras.distribution.list_devices()
+    by_hand = learns_by_hand(args)
     layers = model.build_layers(
-        len(corpus.alphabet),
+        len(data.corpus.alphabet),
         args.units,
         args.layers,
         args.dropout,
         args.recurrent_dropout,
         args.seed,
-        learns_by_hand(args),
+        by_hand,
     )
     # Every target weighs the same, whichever batch it is in.
-    scale = 1 / (args.batch_size * corpus.targets[training].mean())
+    scale = float(1 / (args.batch_size * data.corpus.lengths[data.training].mean()))
     if backend == "jax":
-        network = make_jax_network(layers, float(scale))
+        network = make_jax_network(layers, scale)
     else:
-        network = make_tensorflow_network(layers, float(scale), xla=learns_by_hand(args))
-    steps = args.epochs * math.ceil(len(training) / args.batch_size)
+        network = make_tensorflow_network(layers, scale, xla=by_hand)
+    steps = args.epochs * math.ceil(len(data.training) / args.batch_size)
     rate = keras.optimizers.schedules.CosineDecay(args.learning_rate, steps)
     adam = keras.optimizers.Adam(rate, global_clipnorm=1.0)
     network.compile(adam, jit_compile=backend == "jax")
     network.optimizer.build(network.trainable_variables)
+    network.set_weights(initial_weights(network.get_weights(), data, source))
     print(
         f"Network: {args.layers} × LSTM({args.units}), {network.count_params():,} parameters, "
         f"trained by Keras on {backend}, {', '.join(devices)}"
     )
-    # The softmax starts from the frequencies of the targets: a good place to learn
-    # from, and what never is one (the end, if all sequences were cut) stays unlikely.
-    counts = sum(
-        np.bincount(column[training], minlength=len(corpus.alphabet)) for column in corpus.rows.T
-    )
-    counts[0] = np.count_nonzero(corpus.complete[training])
-    weights = network.get_weights()
-    weights[-1] = np.log((counts + 0.5) / counts.sum())
-    if source:
-        weights = extend_weights(weights, corpus.alphabet, source)
-    network.set_weights(weights)
     return network
+
+
+def initial_weights(weights, data, source):
+    """Returns the weights to start from, a list of float32 arrays.
+
+    They are random ones, `weights`, that know how frequent each character of
+    the training data is, or what the `SequenceModel` `source` knows.
+    """
+    # A good place to learn from, and what never is a target (the end, if all sequences were
+    # cut) stays unlikely.
+    counts = count_characters(data.corpus, data.training)
+    weights[-1] = np.log((counts + 0.5) / counts.sum())
+    return extend_weights(weights, data.corpus.alphabet, source) if source else weights
 
 
 def extend_weights(weights, alphabet, source):
@@ -737,7 +807,7 @@ def extend_weights(weights, alphabet, source):
     any beginning, since a softmax only shares out anew what a new one takes.
 
     Args:
-        weights: list of float32 arrays as `get_weights()` gives them, of a
+        weights: list of float32 arrays, as `get_weights()` gives them, of a
             network of that alphabet whose last bias is the logarithm of each
             character's frequency: what new characters start from.
         alphabet: `Alphabet`, with at least the characters of the model's.
@@ -836,7 +906,7 @@ def set_variables(args, variables, state):
         variable.assign(value)
 
 
-def make_data(args, corpus, training, held_out, first_epoch, rank, processes):
+def make_data(args, data, first_epoch, rank, processes):
     """Makes the arguments of `fit` that are data, and those that say how much is an epoch."""
     import keras
 
@@ -848,29 +918,29 @@ def make_data(args, corpus, training, held_out, first_epoch, rank, processes):
         return array[rank * size : (rank + 1) * size]
 
     def feed(chosen, shuffle, compiled):
-        plan = plan_stacks(args, corpus, len(chosen), compiled)
+        plan = plan_stacks(args, data.corpus, len(chosen), compiled)
 
         def generate():
             for epoch in itertools.count(first_epoch):
                 seed = (args.seed, epoch) if shuffle else None
-                for stack in make_stacks(corpus, chosen, plan, seed, devices):
+                for stack in make_stacks(data.corpus, chosen, plan, seed, devices):
                     yield tuple(tuple(map(share, part)) for part in stack)
 
-        data = generate()
+        stacks = generate()
         if backend == "tensorflow":
-            data = as_dataset(data, fixed=len(plan.lengths) == 1)
-        return data, math.ceil(len(chosen) / plan.batch_size / plan.depth)
+            stacks = as_dataset(stacks, fixed=len(plan.padded_lengths) == 1)
+        return stacks, math.ceil(len(chosen) / plan.batch_size / plan.depth)
 
-    found = {}
-    found["x"], found["steps_per_epoch"] = feed(
-        training, True, backend == "jax" or learns_by_hand(args)
+    arguments = {}
+    arguments["x"], arguments["steps_per_epoch"] = feed(
+        data.training, True, backend == "jax" or learns_by_hand(args)
     )
-    if len(held_out):
+    if len(data.held_out):
         # Without a backward pass there is too little work for TensorFlow to compile it.
-        found["validation_data"], found["validation_steps"] = feed(
-            held_out, False, backend == "jax"
+        arguments["validation_data"], arguments["validation_steps"] = feed(
+            data.held_out, False, backend == "jax"
         )
-    return found
+    return arguments
 
 
 def as_dataset(stacks, fixed):
@@ -889,28 +959,45 @@ def as_dataset(stacks, fixed):
     return data.with_options(options)
 
 
-def make_callbacks(args, network, corpus, count, metadata, best, leads):
-    """Makes what happens at the end of each epoch, in this order.
+def make_callbacks(args, data, metadata, best, leads):
+    """Makes what happens at the end of each epoch: a list of Keras callbacks, in this order.
 
     Args:
         args: the command line.
-        network: the Keras network.
-        corpus: `model.Corpus`.
-        count: int, how many sequences are learned in an epoch.
+        data: `Data`.
         metadata: this run's, from `describe`; its history grows.
         best: list of arrays, the weights of the best epoch so far, or None.
         leads: bool, whether this process of a group writes.
     """
-    from keras.callbacks import Callback, CSVLogger, ProgbarLogger, TensorBoard, TerminateOnNaN
+    from keras.callbacks import CSVLogger, ProgbarLogger, TensorBoard, TerminateOnNaN
+
+    callbacks = [TerminateOnNaN(), make_saver(args, metadata, best, leads)]
+    if args.log_dir is not None and leads:
+        continues = bool(metadata["history"]["loss"])
+        with model.writing("--log_dir", args.log_dir):
+            os.makedirs(args.log_dir, exist_ok=True)
+            if not continues:  # TensorBoard would draw an earlier run into this one
+                for old in glob.glob(f"{glob.escape(args.log_dir)}/*/events.out.tfevents.*"):
+                    os.remove(old)
+        callbacks.append(CSVLogger(os.path.join(args.log_dir, "losses.csv"), append=continues))
+        callbacks.append(TensorBoard(args.log_dir, write_graph=False))
+    # The bar ends before more is told.
+    return [*callbacks, ProgbarLogger(), make_teller(args, data)]
+
+
+def make_saver(args, metadata, best, leads):
+    """Makes the callback that saves, and stops a run that diverged or has nothing left to do."""
+    from keras.callbacks import Callback
 
     history = metadata["history"]
 
-    class Save(Callback):
+    class Saver(Callback):
         best_weights = best
 
         def on_epoch_end(self, epoch, logs):
-            weights = network.get_weights()
-            state = [np.asarray(each) for each in network.variables + network.optimizer.variables]
+            weights = self.model.get_weights()
+            variables = self.model.variables + self.model.optimizer.variables
+            state = [np.asarray(each) for each in variables]
             if not (
                 all(map(math.isfinite, logs.values()))
                 and all(model.is_within(array, model.LARGEST_WEIGHT) for array in weights)
@@ -928,11 +1015,18 @@ def make_callbacks(args, network, corpus, count, metadata, best, leads):
             if leads:
                 saved = {**metadata, "history": grown}
                 with model.writing("--save_path", args.save_path):
-                    model.save(args.save_path, network, self.best_weights, saved, state)
+                    model.save(args.save_path, self.model, self.best_weights, saved, state)
             history.update(grown)
-            network.stop_training = is_finished(args, history)
+            self.model.stop_training = is_finished(args, history)
 
-    class Tell(Callback):
+    return Saver()
+
+
+def make_teller(args, data):
+    """Makes the callback that says how an epoch went and what the network invents now."""
+    from keras.callbacks import Callback
+
+    class Teller(Callback):
         def on_epoch_begin(self, epoch, logs):
             self.start = time.perf_counter()
 
@@ -942,118 +1036,161 @@ def make_callbacks(args, network, corpus, count, metadata, best, leads):
         def on_epoch_end(self, epoch, logs):
             if not sys.stdout.isatty():  # on a terminal, Keras's bar has shown this
                 losses = " - ".join(f"{name}: {loss:.4f}" for name, loss in logs.items())
-                rate = f"{count / self.seconds:,.0f} sequences/s"
-                print(f"Epoch {epoch + 1}/{args.epochs} - {losses} - {rate}")
-            current = SequenceModel(corpus.alphabet, corpus.max_len, network.get_weights())
-            show_invented(current, corpus, (args.seed, epoch))
+                speed = f"{len(data.training) / self.seconds:,.0f} sequences/s"
+                print(f"Epoch {epoch + 1}/{args.epochs} - {losses} - {speed}")
+            corpus = data.corpus
+            current = SequenceModel(corpus.alphabet, corpus.max_len, self.model.get_weights())
+            show_invented(current, data, (args.seed, epoch))
 
-    callbacks = [TerminateOnNaN(), Save()]
-    if args.log_dir is not None and leads:
-        path, append = os.path.join(args.log_dir, "losses.csv"), bool(history["loss"])
-        callbacks += [CSVLogger(path, append=append), TensorBoard(args.log_dir, write_graph=False)]
-    return [*callbacks, ProgbarLogger(), Tell()]  # the bar ends before more is told
+    return Teller()
 
 
-def show_invented(trained, corpus, seed):
-    """Prints sequences that a `SequenceModel` invents: the new ones, then those in the data."""
-    longest = 60  # so that each fits on a line
-    groups = {"new": [], "in the data": []}
-    for text in trained.sample(count=SHOWN, max_len=min(trained.max_len, longest), seed=seed):
-        row = np.zeros_like(corpus.rows[:1])
-        row[0, : len(text)] = corpus.alphabet.encode(text)[: row.size]
-        known = len(text) <= row.size and (as_bytes(corpus.rows) == as_bytes(row)).any()
-        groups["in the data" if known else "new"].append(model.printable(text))
+def show_invented(trained, data, seed):
+    """Prints sequences that a `SequenceModel` invents, by where they occur in the data."""
+    groups = {"new": [], "held out": [], "learned": []}
+    for text in trained.sample(count=SHOWN, max_len=min(trained.max_len, LINE), seed=seed):
+        groups[find_place(data, text)].append(model.printable(text)[:LINE])
     for name, texts in groups.items():
         if texts:
-            print(f"invented, {name}: " + "  ".join(texts))
+            fit_a_line = sum(map(len, texts)) + 2 * len(texts) <= LINE
+            print(f"invented, {name}: " + ("  " if fit_a_line else "\n  ").join(texts))
 
 
-def run(args):
-    """Does what the command line asks for, from reading the data to the last line printed."""
+def find_place(data, text):
+    """Returns where in `Data` a text occurs, a str: "learned", "held out" or, if not, "new"."""
+    row = np.zeros_like(data.corpus.rows[:1])
+    with contextlib.suppress(ValueError):  # the text is longer, or composed of other characters
+        row[0, : len(text)] = data.corpus.alphabet.encode(text)
+    places = np.flatnonzero(as_bytes(data.corpus.rows) == as_bytes(row))
+    if not len(places):
+        return "new"
+    return "held out" if np.isin(places[0], data.held_out) else "learned"
+
+
+def check_flags(args):
+    """Raises a `UserError`, before anything is read or imported, if the flags can't work."""
     if args.distribute and os.environ.get("KERAS_BACKEND") != "jax":
         raise UserError(
             "--distribute: needs Keras on JAX: pip install jax, and set KERAS_BACKEND=jax"
         )
     if os.environ.get("KERAS_BACKEND"):
         check_backend(os.environ["KERAS_BACKEND"])
-    inputs = {"--sequence_path": args.sequence_path, "--init_from": args.init_from}
+    inputs = ("--sequence_path", args.sequence_path), ("--init_from", args.init_from)
     model.check_target("--save_path", args.save_path, inputs)
+
+
+def run(args):
+    """Does what the command line asks for, from reading the data to the last line printed."""
+    check_flags(args)
     source = read_source(args)
-    corpus = read_corpus(args, source.alphabet.symbols[1:] if source else "")
-    check_size(args, corpus.alphabet)
-    training, held_out = split(corpus, args.validation_split)
-    args.batch_size = min(args.batch_size, len(training))
-    metadata = describe(args, corpus, source)
-    history, best, state = metadata["history"], None, None
+    data = read_data(args, source)
+    check_size(args, data.corpus.alphabet)
+    args.batch_size = min(args.batch_size, len(data.training))
+    metadata = describe(args, data, source)
+    best = state = None
     # Of a group, process 0 alone has the file.
     leads = not args.distribute or os.environ.get("KERAS_DISTRIBUTION_PROCESS_ID", "0") == "0"
     if leads and not args.overwrite and os.path.exists(args.save_path):
-        history, best, state = read_earlier_run(args, metadata, len(held_out) > 0)
-    rank, processes = join_group(args, metadata) if args.distribute else (0, 1)
+        earlier = read_earlier_run(args, metadata, len(data.held_out) > 0)
+        metadata["history"], best, state = earlier
+    group = join_group(args, metadata) if args.distribute else (0, 1)
     if args.distribute:
-        history = broadcast_history(history)
-    metadata["history"] = history
-    tell_what_was_read(args, corpus, training, held_out, source)
+        metadata["history"] = broadcast_history(metadata["history"])
+    tell_what_was_read(args, data, source)
+    history = metadata["history"]
     done = len(history["loss"])
     if is_finished(args, history):
         say(f"{args.save_path} is finished: it has learned for {done} epochs")
     else:
         if done:
             say(f"Continuing {args.save_path} after epoch {done}")
-        if args.log_dir is not None and leads:
-            with model.writing("--log_dir", args.log_dir):
-                os.makedirs(args.log_dir, exist_ok=True)
         try:
-            import_keras()
-            network = prepare_network(args, corpus, training, source)
-            set_variables(args, network.variables + network.optimizer.variables, state)
-            network.fit(
-                **make_data(args, corpus, training, held_out, done, rank, processes),
-                initial_epoch=done,
-                epochs=args.epochs,
-                callbacks=make_callbacks(
-                    args, network, corpus, len(training), metadata, best, leads
-                ),
-                verbose=1 if sys.stdout.isatty() else 0,
-                shuffle=False,
-            )
+            fit(args, data, source, metadata, best, state, group)
         except KeyboardInterrupt as stop:
             kept = explain_kept(args, history)
             if history["loss"]:
                 without = " without --overwrite" if args.overwrite else ""
                 kept += f"; the same command{without} continues"
             raise KeyboardInterrupt(stop.args[0], kept) from None
-    tell_what_was_learned(args, history)
+    tell_what_was_learned(args, data, history)
 
 
-def tell_what_was_read(args, corpus, training, held_out, source):
+def fit(args, data, source, metadata, best, state, group):
+    """Trains: builds the network, sets it to an earlier run's state and calls Keras's `fit`."""
+    import_keras()
+    done, (rank, processes) = len(metadata["history"]["loss"]), group
+    callbacks = make_callbacks(args, data, metadata, best, leads=rank == 0)
+    network = prepare_network(args, data, source)
+    set_variables(args, network.variables + network.optimizer.variables, state)
+    network.fit(
+        **make_data(args, data, done, rank, processes),
+        initial_epoch=done,
+        epochs=args.epochs,
+        callbacks=callbacks,
+        verbose=1 if sys.stdout.isatty() else 0,
+        shuffle=False,
+    )
+
+
+def tell_what_was_read(args, data, source):
     """Prints what the data are, and what was left out of them."""
+    corpus, loader = data.corpus, data.loader
+    if loader.header:
+        say(f"Ignored the first row: {', '.join(loader.header)}")
+    if loader.uneven:
+        say(
+            f"Rows that don't have as many columns as the first: {loader.uneven:,}; if a comma is "
+            "part of a sequence, quote it, or pass --loader_class SequenceLoader"
+        )
     say(
         f"Read {len(corpus):,} sequences, {np.count_nonzero(corpus.rows):,} characters, "
         f"an alphabet of {len(corpus.alphabet) - 1:,}, from {args.sequence_path}"
     )
+    if len(corpus) == 1 and args.num_sequences != 1:
+        say("There is only one: is it one sequence per line?")
     if source:
         added = len(corpus.alphabet) - len(source.alphabet)
         say(f"Starting from {args.init_from}, which gains {added:,} characters")
-    if not corpus.complete.all():
+    if corpus.dropped:
+        whole = corpus.dropped + np.count_nonzero(corpus.rows)
         print(
             f"Cut to {corpus.max_len} characters, because they were longer: "
-            f"{np.count_nonzero(~corpus.complete):,} (--max_len)"
+            f"{np.count_nonzero(~corpus.complete):,} (--max_len). Of {whole:,} characters "
+            f"{corpus.dropped:,} are not learned"
         )
-    print(f"Learning from {len(training):,}, holding out {len(held_out):,} to validate")
+    held_out = len(data.held_out)
+    why = ""
+    if args.validation_split and not held_out:
+        why = f": {args.validation_split} of so few is none (--validation_split)"
+    print(f"Learning from {len(data.training):,}, holding out {held_out:,} to validate{why}")
 
 
-def tell_what_was_learned(args, history):
+def tell_what_was_learned(args, data, history):
     """Prints what the file holds, and how to go on."""
-    kept = len(history["loss"]) - epochs_since_best(history)
-    loss = (history["val_loss"] or history["loss"])[kept - 1]
+    epoch = len(history["loss"]) - epochs_since_best(history)
+    loss = (history["val_loss"] or history["loss"])[epoch - 1]
     perplexity = math.exp(loss) if loss < 700 else math.inf
     kind = "validation loss" if history["val_loss"] else "loss"
     say(
-        f"{args.save_path} holds epoch {kept}: {kind} {loss:.4f} nats per character, "
+        f"{args.save_path} holds epoch {epoch}: {kind} {loss:.4f} nats per character, "
         f"perplexity {perplexity:.4g}"
     )
+    guess = loss_of_frequencies(data)
+    if loss > guess:
+        print(
+            f"That is worse than {guess:.4f}, which the frequencies of the characters alone give; "
+            "try a lower --learning_rate, more --epochs or more sequences"
+        )
     say(f"Sample from it: python sample.py --weights_path {shlex.quote(args.save_path)}")
+
+
+def loss_of_frequencies(data):
+    """Returns the loss, a float, of a model that knows only how frequent each character is."""
+    frequencies = count_characters(data.corpus, data.training) + 0.5
+    frequencies /= frequencies.sum()
+    indices = data.held_out if len(data.held_out) else data.training
+    counts = count_characters(data.corpus, indices)
+    return float(-(counts @ np.log(frequencies)) / counts.sum())
 
 
 def say(text):

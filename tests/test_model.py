@@ -43,15 +43,15 @@ def test_an_alphabet_names_what_it_does_not_know():
 
 
 def test_the_alphabet_has_the_characters_that_are_kept_or_given():
-    corpus = model.encode(["cab", "é", "abcz"], max_len=3, characters="xb")
+    corpus = model.build_corpus(["cab", "é", "abcz"], max_len=3, characters="xb")
     assert corpus.alphabet.symbols == "\nabcxé"
     assert corpus.alphabet.decode(corpus.rows[0]) == "cab"
 
 
 def test_max_len_is_the_longest_but_at_most_64():
-    assert model.encode(["abc", "de"]).rows.shape == (2, 3)
-    assert model.encode(["x" * 100]).rows.shape == (1, 64)
-    corpus = model.encode(["abc"], max_len=10)
+    assert model.build_corpus(["abc", "de"]).rows.shape == (2, 3)
+    assert model.build_corpus(["x" * 100]).rows.shape == (1, 64)
+    corpus = model.build_corpus(["abc"], max_len=10)
     assert corpus.max_len == 10
     assert corpus.rows.shape == (1, 3)
 
@@ -65,7 +65,7 @@ def test_many_sequences_survive_encoding_in_the_smallest_type(characters, dtype)
     rng = np.random.default_rng(0)
     sequences = ["".join(symbols[start : start + 7]) for start in range(0, characters, 7)]
     sequences += ["".join(rng.choice(symbols[:50], rng.integers(1, 9))) for _ in range(70_000)]
-    corpus = model.encode(iter(sequences))
+    corpus = model.build_corpus(iter(sequences))
     assert corpus.rows.dtype == dtype
     assert corpus.complete.all()
     assert [corpus.alphabet.decode(row[row > 0]) for row in corpus.rows] == sequences
@@ -73,17 +73,17 @@ def test_many_sequences_survive_encoding_in_the_smallest_type(characters, dtype)
 
 def test_a_sequence_with_the_sentinel_is_refused():
     with pytest.raises(ValueError, match="contain the sentinel, ' '"):
-        model.encode(["ab", "a b"], sentinel=" ")
+        model.build_corpus(["ab", "a b"], sentinel=" ")
 
 
 def test_what_would_take_too_much_memory_is_refused(monkeypatch):
     monkeypatch.setattr(model, "LARGEST_CORPUS", 10)
     monkeypatch.setitem(model.LIMITS, "alphabet", 4)
-    assert len(model.encode(["abcba"] * 2)) == 2
+    assert len(model.build_corpus(["abcba"] * 2)) == 2
     with pytest.raises(ValueError, match="2 sequences of up to 6 characters take more"):
-        model.encode(["abcabc"] * 2)
+        model.build_corpus(["abcabc"] * 2)
     with pytest.raises(ValueError, match="4 different characters are more than a model can have"):
-        model.encode(["abcd"])
+        model.build_corpus(["abcd"])
 
 
 # The network
@@ -101,9 +101,9 @@ def build(keras, alphabet_size, **options):
 
 
 def test_the_loss_is_the_sum_over_characters_and_ends(stock_keras):
-    corpus = model.encode(["abcdef", "abcd", "b"], sentinel="s", max_len=4)
+    corpus = model.build_corpus(["abcdef", "abcd", "b"], sentinel="s", max_len=4)
     np.testing.assert_array_equal(corpus.complete, [False, True, True])
-    np.testing.assert_array_equal(corpus.targets, [4, 5, 2])
+    np.testing.assert_array_equal(corpus.lengths, [4, 5, 2])
     network = build(stock_keras, len(corpus.alphabet), units=8, layers=2, dropout=0.5, seed=1)
     numpy = model.SequenceModel(corpus.alphabet, 4, network.get_weights())
     expected = 0
@@ -114,7 +114,7 @@ def test_the_loss_is_the_sum_over_characters_and_ends(stock_keras):
     for steps in (5, 9):
         rows = np.zeros((4, steps), np.uint8)
         rows[:3, :4] = corpus.rows
-        targets = np.array([*corpus.targets, 0], np.int32)
+        targets = np.array([*corpus.lengths, 0], np.int32)
         loss = model.total_loss(network, rows, targets)
         assert float(loss) == pytest.approx(expected, rel=1e-5)
 
@@ -323,6 +323,18 @@ def test_sequences_never_exceed_max_len(max_len):
     assert max(map(len, texts)) <= max_len
     assert all(text.startswith("a") for text in texts)
     assert max(map(len, invented.sample("", 300))) <= invented.max_len
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [{"top_k": 0}, {"top_k": -1}, {"top_p": 1.5}, {"temperature": -1}, {"temperature": np.nan}],
+    ids=str,
+)
+def test_a_shape_that_can_not_be_is_an_error_at_once(shape):
+    ((name, value),) = shape.items()
+    for function in (random_model("\nab").sample, lambda **shape: model.distribution([1], **shape)):
+        with pytest.raises(ValueError, match=rf"^{name} should be .* Received: {value}$"):
+            function(**shape)
 
 
 def test_a_prompt_longer_than_max_len_is_an_error():

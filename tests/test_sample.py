@@ -1,3 +1,4 @@
+import csv
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from conftest import (
 
 import model
 import sample
+from loaders import UserNameLoader
 
 WORDS = PRE_TRAINED / "english_words_5000.h5"  # the default of --weights_path
 
@@ -91,7 +93,7 @@ def test_prompts_that_can_not_be_answered_are_named_and_the_others_answered():
         2: "the model never saw 'Ï'",
         4: "the model never saw ' '",
         5: "99 characters are more than",
-        6: r"the model never saw '\udcff'",  # a byte that is no character
+        6: "the model never saw the byte 0xff, which is not UTF-8, within",
     }
     errors = process.stderr.decode().splitlines()
     for (number, reason), error in zip(reasons.items(), errors, strict=True):
@@ -111,6 +113,28 @@ def test_one_prompt_can_be_answered_from_the_command_line():
     assert len(lines) == 5
     assert all(line.startswith("inter") for line in lines)
     assert len(lines_of("--prompt", "", cwd="/")) == 100
+
+
+def test_every_prompt_of_the_command_line_is_answered():
+    lines = lines_of(*shlex.split("--prompt th qu --num_samples 3 --prompt ''"))
+    assert [line[:2] for line in lines[:6]] == ["th"] * 3 + ["qu"] * 3
+    assert len(lines) == 9
+
+
+@pytest.mark.parametrize(("symbols", "prompts"), [("ön", "öo\u0308"), ("o\u0308n", "öo\u0308")])
+def test_a_prompt_may_be_composed_or_not_whatever_the_model_learned(symbols, prompts):
+    trained = random_model("\n" + symbols, seed=3)
+    for prompt in ("ö", "o\u0308"):
+        texts = list(trained.sample("n" + prompt, count=5, seed=1))
+        assert all(text.startswith("nö") for text in texts)
+        assert texts == list(trained.sample("nö", count=5, seed=1))
+        likely = [text for _, text in sample.most_likely(trained, "n" + prompt, 3)]
+        assert all(text.startswith("nö") for text in likely)
+        rest = sample.most_likely(trained, "n" + prompt, 2, exclude=likely[:1])
+        assert [text for _, text in rest] == likely[1:]
+    (_, nats, length), (_, other, _) = sample.score(trained, ["nön", "no\u0308n"])
+    assert nats == other < np.inf
+    assert length == 4 + symbols.count("\u0308")
 
 
 def test_a_seed_makes_samples_repeatable():
@@ -140,12 +164,16 @@ def test_temperature_and_max_len_are_obeyed():
         ("--max_len 0", "--max_len: not from 1 to"),
         ("--top_k 0", "--top_k: not from 1 to"),
         ("--top_p 1.1", "--top_p: not from 0 to 1: 1.1"),
-        ("--weight x", "unrecognized arguments: --weight x"),
+        ("--weight x", "there is no flag --weight; --help"),
+        ("names.h5", "'names.h5' needs a flag before it: --weights_path names.h5"),
+        ("th", "'th' needs a flag before it: --prompt th"),
+        ("--prompt x\u0302", "--prompt: the model never saw U+0302 within"),
+        ("--prompt a B c", "--prompt: the model never saw 'B'"),
         ("--most_likely 3 --score text.h5", "not allowed with argument"),
-        ("--most_likely 3 --seed 1", "--most_likely has no use for --seed; leave one of them out"),
+        ("--most_likely 3 --seed 1", "--most_likely has no use for --seed; omit one of them"),
         ("--score x --prompt ''", "--score has no use for --prompt"),
         ("--score missing", "--score: can't read missing: No such file"),
-        ("--score latin.txt", "--score: latin.txt, line 1: not UTF-8"),
+        ("--score latin.txt", "--score: latin.txt, line 1: byte 0xe9 is not UTF-8"),
         ("--exclude none.csv", "--exclude: can't read none.csv: No such"),
         ("--output text.h5/x --prompt ''", "--output: can't write text.h5/x: Not a directory"),
         ("--output /dev/stdout", "--output: '/dev/stdout' is not a regular file; name"),
@@ -211,6 +239,49 @@ def test_excluded_sequences_never_come(tmp_path, name, header):
     exclude = ["--exclude", tmp_path / name]
     assert lines_of(*arguments, 300, *exclude) == rest[:300]
     assert lines_of(*arguments, 300, *exclude, "--unique") == list(dict.fromkeys(rest))[:300]
+
+
+def test_all_excluded_files_count_and_what_one_run_writes_the_next_reads(tmp_path):
+    arguments = ["--prompt", "th", "--seed", 4, "--num_samples"]
+    everything = lines_of(*arguments, 900)
+    (tmp_path / "a.txt").write_text("\n".join(everything[:100]))
+    (tmp_path / "b.txt").write_text("\n".join(everything[100:200]))
+    for exclude in (["a.txt", "b.txt"], ["a.txt", "--exclude", "b.txt"]):
+        found = lines_of(*arguments, 300, "--exclude", *exclude, cwd=tmp_path)
+        assert not set(found) & set(everything[:200])
+    (tmp_path / "a.txt").rename(tmp_path / "a.csv")
+    as_lines = ["--exclude", "a.csv", "b.txt", "--loader_class", "SequenceLoader"]
+    assert lines_of(*arguments, 300, *as_lines, cwd=tmp_path) == found
+    assert run("sample.py", *arguments, 300, "--output", "o.csv", cwd=tmp_path).returncode == 0
+    assert list(UserNameLoader(tmp_path / "o.csv")) == everything[:300]
+    rest = lines_of(*arguments, 50, "--exclude", "o.csv", cwd=tmp_path)
+    assert rest == [text for text in everything if text not in set(everything[:300])][:50]
+
+
+def test_results_of_every_kind_can_be_a_csv(tmp_path, change):
+    letters = model.load(WORDS)[0].alphabet.symbols
+    odd = '\n,;"=\té'
+    path = change(alphabet="\0" + letters[1:].translate(str.maketrans("etaoins", odd)))
+    command = ["sample.py", "--weights_path", path, "--output", tmp_path / "o.csv"]
+
+    def read_csv():
+        with open(tmp_path / "o.csv", encoding="utf-8", newline="") as file:
+            return list(csv.reader(file))
+
+    assert run(*command, "--prompt", "", "--seed", 1).returncode == 0
+    texts = list(model.load(path)[0].sample(count=100, seed=np.random.default_rng(1)))
+    assert {*"".join(texts)} > {*odd}
+    assert read_csv() == [["sequence"], *([text] for text in texts)]
+    assert run(*command, "--prompt", "", "--most_likely", 30).returncode == 0
+    header, *rows = read_csv()
+    assert header == ["sequence", "probability"]
+    likely = [float(probability) for _, probability in rows]
+    assert likely == sorted(likely, reverse=True)
+    (tmp_path / "known.txt").write_text("é;\né,\n", encoding="utf-8")
+    assert run(*command, "--score", tmp_path / "known.txt").returncode == 0
+    header, *rows = read_csv()
+    assert header == ["sequence", "nats_per_character"]
+    assert [text for text, _ in rows] == ["é;", "é,"]
 
 
 @pytest.mark.slow

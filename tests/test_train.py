@@ -111,7 +111,7 @@ def test_a_finished_run_says_so_and_changes_nothing(trained):
 def test_the_loss_is_the_mean_over_characters_and_ends(trained):
     folder, _ = trained
     with open(folder / "sequences.txt", encoding="utf-8") as file:
-        corpus = model.encode(file.read().split("\n"), sentinel=" ", max_len=8)
+        corpus = model.build_corpus(file.read().split("\n"), sentinel=" ", max_len=8)
     _, held_out = train.split(corpus, 0.1)
     ours, metadata = model.load(folder / "incognito_model.h5")
     total = count = 0
@@ -122,29 +122,30 @@ def test_the_loss_is_the_mean_over_characters_and_ends(trained):
         total -= sum(np.log(distribution[step, target]) for step, target in enumerate(targets))
         count += len(targets)
     assert len(held_out) == 100
-    assert count == corpus.targets[held_out].sum()
+    assert count == corpus.lengths[held_out].sum()
     assert min(metadata["history"]["val_loss"]) == pytest.approx(total / count, rel=1e-5)
 
 
-def test_invented_sequences_are_in_the_data_or_new(trained):
+def test_invented_sequences_are_new_held_out_or_learned(trained):
     folder, process = trained
     words = (folder / "sequences.txt").read_text(encoding="utf-8").split("\n")
-    corpus = model.encode(words, " ", 8)
-    known = {corpus.alphabet.decode(row[row > 0]) for row in corpus.rows}
+    corpus = model.build_corpus(words, " ", 8)
     found = {
         name: [
             text
             for line in re.findall(f"^invented, {name}: (.*)$", process.stdout, re.M)
             for text in line.split("  ")
         ]
-        for name in ("new", "in the data")
+        for name in ("new", "held out", "learned")
     }
     assert sum(map(len, found.values())) == 10 * train.SHOWN
     assert len(found["new"]) > 40
-    assert found["in the data"]
-    assert known >= set(found["in the data"])
-    assert not known & set(found["new"])
     assert "" not in found["new"]
+    for name, part in zip(("learned", "held out"), train.split(corpus, 0.1)):
+        known = {corpus.alphabet.decode(row[row > 0]) for row in corpus.rows[part]}
+        assert known >= set(found[name])
+        assert not known & set(found["new"])
+    assert found["learned"]
 
 
 @pytest.mark.slow
@@ -242,13 +243,30 @@ MISTAKES = {
     "negative epochs": (["--epochs", "-3"], "--epochs: not from 1 to"),
     "a NaN": (["--learning_rate", "nan"], "--learning_rate: not from"),
     "all held out": (["--validation_split", "1"], "--validation_split: not from 0 to"),
-    "a long sentinel": (["--sentinel", "ab"], "--sentinel: not a single character: 'ab'"),
+    "a long sentinel": (
+        ["--sentinel", "ab"],
+        "--sentinel: 'ab' is not a single character, but 2 code points: U+0061, U+0062",
+    ),
+    "a letter of several code points": (
+        ["--sentinel", "n\u0304"],
+        "is not a single character, but 2 code points: U+006E, U+0304",
+    ),
+    "no flag": (["names.txt"], "'names.txt' needs a flag before it: --sequence_path names.txt"),
+    "no flag for a model": (["a.h5"], "'a.h5' needs a flag before it: --init_from a.h5 to start "),
+    "no such flag": (["--unit=3"], "there is no flag --unit; --help shows all"),
+    "nobody to wait for": (
+        ["--patience", "2", "--num_sequences", "3"],
+        "--patience: 0.1 of 3 sequences is none to validate with; omit --patience or raise",
+    ),
     "nothing to wait for": (
         ["--patience", "2", "--validation_split", "0"],
         "--patience waits for a better validation loss",
     ),
     "no file": (["--sequences_path", "."], "--sequence_path: can't read .: Is a directory"),
-    "a file not UTF-8": (["--sequence_path", "latin.txt"], "latin.txt, line 2: not UTF-8"),
+    "a file not UTF-8": (
+        ["--sequence_path", "latin.txt"],
+        "latin.txt, line 2: byte 0xe9 is not UTF-8",
+    ),
     "a CSV of a header": (["--sequence_path", "header.csv"], "header.csv holds no data row"),
     "a sentinel in use": (
         ["--sequence_path", "spaced.txt", "--sentinel", " "],
@@ -281,6 +299,59 @@ def test_a_mistake_gets_one_line_at_once_and_no_file(folder, arguments, message)
     assert_one_line_error(process, "train.py")
     assert message in process.stderr
     assert sorted(os.listdir(folder)) == before
+
+
+@pytest.mark.parametrize("how", ["variable", "keras.json", "damaged"])
+def test_a_backend_that_is_not_there_gets_one_line(folder, how):
+    environment = {**os.environ, "KERAS_HOME": str(folder)}
+    if how == "variable":
+        environment["KERAS_BACKEND"] = "mxnet"
+    if how == "keras.json":
+        (folder / "keras.json").write_text('{"backend": "openvino"}')
+    if how == "damaged":
+        (folder / "tensorflow").mkdir()
+        (folder / "tensorflow" / "__init__.py").write_text("raise ImportError('a library')\n")
+        environment["PYTHONPATH"] = str(folder)
+    process = run("train.py", *SMALL, cwd=folder, env=environment)
+    assert process.returncode == 2
+    assert process.stderr.startswith("train.py: error: ")
+    assert process.stderr.count("\n") == 1
+    assert "KERAS_BACKEND" in process.stderr
+    assert not (folder / "incognito_model.h5").exists()
+
+
+def test_what_is_not_learned_is_told(folder):
+    (folder / "a.csv").write_text("Ort;Land\n" + "ab" * 5000 + "\n")
+    process = run("train.py", *SMALL, "--sequence_path", "a.csv", cwd=folder)
+    assert process.returncode == 0, process.stderr
+    for told in (
+        "Ignored the first row: Ort, Land\n",
+        "Rows that don't have as many columns as the first: 1; ",
+        "There is only one: is it one sequence per line?",
+        "because they were longer: 1 (--max_len). Of 10,000 characters 9,936 are not learned",
+        "Learning from 1, holding out 0 to validate: 0.1 of so few is none (--validation_split)",
+    ):
+        assert told in process.stdout
+    assert max(map(len, process.stdout.splitlines())) <= 2 * train.LINE
+    assert model.load(folder / "incognito_model.h5")[1]["loader_class"] == "UserNameLoader"
+
+
+def test_a_run_that_is_worse_than_guessing_says_so(folder, trained):
+    rng = np.random.default_rng(0)
+    lines = ["".join(rng.choice(list("ab"), 8)) for _ in range(30)]
+    (folder / "sequences.txt").write_text("\n".join(lines))
+    flags = ["--units", 16, "--layers", 1, "--epochs", 1, "--learning_rate", 9, "--dropout", 0]
+    process = run("train.py", *flags, cwd=folder)
+    assert re.search(r"That is worse than [\d.]+, which the frequencies", process.stdout)
+    assert "worse" not in trained[1].stdout
+
+
+@pytest.mark.parametrize("sentinel", [r"\t", r"\n", r"\0", r"\u2028", "\\"])
+def test_the_sentinel_may_be_an_escape(sentinel):
+    _, args = train.parse_arguments(["--sentinel", sentinel])
+    assert args.sentinel == {r"\t": "\t", r"\n": "\n", r"\0": "\0", r"\u2028": "\u2028"}.get(
+        sentinel, "\\"
+    )
 
 
 def test_a_log_folder_that_can_not_be_is_a_mistake(folder):
@@ -434,7 +505,7 @@ def test_a_pipe_that_closes_stops_the_run_with_a_line(folder):
 def test_the_held_out_part_is_a_share_of_the_distinct_sequences():
     rng = np.random.default_rng(0)
     sequences = ["".join(rng.choice(list("abcd"), 4)) for _ in range(2000)]
-    corpus = model.encode(sequences)
+    corpus = model.build_corpus(sequences)
     parts = train.split(corpus, 0.1)
     assert sorted(np.concatenate(parts)) == list(range(2000))
     kinds = [{row.tobytes() for row in corpus.rows[part]} for part in parts]
@@ -442,9 +513,9 @@ def test_the_held_out_part_is_a_share_of_the_distinct_sequences():
     assert len(kinds[1]) == round(0.1 * len(set(sequences)))
     assert train.split(corpus, 0.1)[1].tobytes() == parts[1].tobytes()
     assert len(train.split(corpus, 0)[1]) == 0
-    assert len(train.split(model.encode(["a", "a"]), 0.9)[1]) == 0
-    assert len(train.split(model.encode(["a", "b"]), 0.1)[1]) == 0
-    assert len(train.split(model.encode(["a", "b"]), 0.5)[1]) == 1
+    assert len(train.split(model.build_corpus(["a", "a"]), 0.9)[1]) == 0
+    assert len(train.split(model.build_corpus(["a", "b"]), 0.1)[1]) == 0
+    assert len(train.split(model.build_corpus(["a", "b"]), 0.5)[1]) == 1
 
 
 # How it learns
@@ -469,15 +540,16 @@ def test_it_learns_what_stock_keras_learns_from_the_same_batches(
     flags += ["--sequence_path", folder / "sequences.txt"]
     _, args = train.parse_arguments(list(map(str, flags)))
     source = train.read_source(args)
-    corpus = train.read_corpus(args, "")
+    corpus = train.read_data(args, source).corpus
     training = np.arange(min(len(corpus), 5 * batch_size))
-    network = train.prepare_network(args, corpus, training, source)
+    data = train.Data(corpus, training, training, None)
+    network = train.prepare_network(args, data, source)
     before = network.get_weights()
     plan = train.Plan(batch_size, 4, parts, np.array(lengths))
     monkeypatch.setattr(train, "plan_stacks", lambda *arguments: plan)
-    data = train.make_data(args, corpus, training, training, 0, 0, 1)
-    assert data["steps_per_epoch"] == data["validation_steps"] == stacks
-    told = network.fit(**data, epochs=1, shuffle=False, verbose=0).history
+    stacked = train.make_data(args, data, 0, 0, 1)
+    assert stacked["steps_per_epoch"] == stacked["validation_steps"] == stacks
+    told = network.fit(**stacked, epochs=1, shuffle=False, verbose=0).history
 
     characters = len(corpus.alphabet)
     one_hot = np.eye(characters, dtype=np.float32)
@@ -489,7 +561,7 @@ def test_it_learns_what_stock_keras_learns_from_the_same_batches(
     rate = keras.optimizers.schedules.CosineDecay(0.01, steps)
     adam = keras.optimizers.Adam(rate, global_clipnorm=1.0)
     stock.compile(adam, "sparse_categorical_crossentropy")
-    targets_per_batch = batch_size * corpus.targets[training].mean()
+    targets_per_batch = batch_size * corpus.lengths[training].mean()
     nats = count = 0
     for stack in train.make_stacks(corpus, training, plan, seed=(0, 0)):
         for step in range(4):
@@ -504,7 +576,7 @@ def test_it_learns_what_stock_keras_learns_from_the_same_batches(
                 weights *= weights.size / targets_per_batch
                 nats += float(stock.train_on_batch(inputs, rows, weights)) * targets_per_batch
                 count += targets.sum()
-    assert count == corpus.targets[training].sum()
+    assert count == corpus.lengths[training].sum()
     assert told["loss"] == pytest.approx([nats / count], rel=1e-4)
     for ours, theirs, first in zip(network.get_weights(), stock.get_weights(), before):
         assert np.abs(theirs - first).max() > 1e-3
@@ -513,7 +585,7 @@ def test_it_learns_what_stock_keras_learns_from_the_same_batches(
     rows = np.pad(corpus.rows[training].astype(int), [(0, 0), (1, 1)])
     predicted = stock.predict(one_hot[rows[:, :-1]], verbose=0)
     likelihood = np.take_along_axis(predicted, rows[:, 1:, None], axis=2)[:, :, 0]
-    counted = np.arange(9) < corpus.targets[training, None]
+    counted = np.arange(9) < corpus.lengths[training, None]
     assert told["val_loss"] == pytest.approx([-np.log(likelihood[counted]).mean()], rel=1e-4)
 
 
@@ -529,9 +601,9 @@ def test_jax_learns_it_too():
 def test_an_epoch_takes_each_sequence_once_and_pads_little(devices):
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abcde"), length)) for length in rng.geometric(0.1, 1000)]
-    corpus = model.encode(texts)
+    corpus = model.build_corpus(texts)
     chosen = rng.permutation(1000)[:777]
-    lengths = np.array([20, 40, corpus.targets.max()])
+    lengths = np.array([20, 40, corpus.lengths.max()])
     for batch_size, depth, parts, seed in (
         (32, 5, 1, 3),
         (128, 2, 2, 3),
@@ -559,11 +631,11 @@ def test_an_epoch_takes_each_sequence_once_and_pads_little(devices):
                         seen.append(corpus.alphabet.decode(row[row > 0]))
         assert batches == -(-777 // batch_size)
         assert sorted(seen) == sorted(corpus.alphabet.decode(r[r > 0]) for r in corpus.rows[chosen])
-        assert padded < 777 * corpus.targets.max()
+        assert padded < 777 * corpus.lengths.max()
 
 
 def test_another_seed_or_epoch_is_another_order():
-    corpus = model.encode(["".join(pair) for pair in itertools.product("abcdefgh", repeat=2)])
+    corpus = model.build_corpus(["".join(pair) for pair in itertools.product("abcdefgh", repeat=2)])
 
     def order(seed):
         plan = train.Plan(8, 2, 1, np.array([3]))
@@ -582,11 +654,12 @@ def test_an_extended_model_gives_the_old_sequences_the_same_odds(shift):
     train.import_keras()
     source = random_model("\nbcdf", units=8, layers=2, seed=5)
     source.weights[-1][...] += shift
-    corpus = model.encode(["abé", "fac", "éab"], characters="bcdf")
+    corpus = model.build_corpus(["abé", "fac", "éab"], characters="bcdf")
     assert corpus.alphabet.symbols == "\nabcdfé"
     arguments = ["--units", "8", "--layers", "2", "--seed", "3"]
     _, args = train.parse_arguments(arguments)
-    network = train.prepare_network(args, corpus, np.arange(3), source)
+    data = train.Data(corpus, np.arange(3), np.arange(0), None)
+    network = train.prepare_network(args, data, source)
     extended = SequenceModel(corpus.alphabet, 6, network.get_weights())
     known = [corpus.alphabet.symbols.index(symbol) for symbol in source.alphabet.symbols]
     for text in ("", "b", "dcfb", "ffffff"):

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 import warnings
 
 import h5py
@@ -34,8 +35,8 @@ import sample  # noqa: E402
 
 SECONDS, PATIENCE, MEMORY = 10, 60, 200  # of the processor, by the clock; MiB
 SCRIPTS = ["sample.py --weights_path=input --prompt= --num_samples=3", "sample.py --score=input"]
-SCRIPTS += ["train.py --sequence_path=good --save_path=input"]
-SCRIPTS += ["train.py --sequence_path=input --save_path=good"]
+TRAIN = "train.py --sequence_path={} --save_path={}"
+SCRIPTS += [TRAIN.format("good", "input"), TRAIN.format("input", "good")]
 CHECKSUM = ctypes.CDLL(h5py.h5.__file__).H5_checksum_metadata  # HDF5's, which h5py is linked to
 CHECKSUM.restype = lambda value: (value % 2**32).to_bytes(4, "little")
 WORDS = [2**15, 2**16 - 1, 2**16, 2**31, 2**32 - 1, 2**32, 2**48, 2**62, 2**63, 2**64 - 1]
@@ -152,23 +153,24 @@ def read_model(path):
     trained, refusal = attempt(lambda: model.load(path)[0])
     yield "load", refusal
     if trained:
-        texts = list(trained.sample(count=5, seed=1))
+        texts, symbols = list(trained.sample(count=5, seed=1)), trained.alphabet.symbols[1:]
         yield "sample", ""
         nats = [nats for _, nats, _ in sample.score(trained, texts)]
         yield "score", ""
         limits = {"top_k": 5, "max_len": min(999, trained.max_len)}  # searches can take hours
         likely = list(sample.most_likely(trained, count=3, warn=str, **limits))
         yield "most_likely", ""
-        chances, known = [1, *(chance for chance, _ in likely), 0], {*trained.alphabet.symbols[1:]}
+        chances = [1, *(chance for chance, _ in likely), 0]
         assert (sorted(chances)[::-1], np.isfinite(nats).all()) == (chances, True), (likely, nats)
         texts += [text.encode().decode() for _, text in likely]  # no surrogates
-        assert all({*text} <= known and 0 < len(text) <= trained.max_len for text in texts), texts
+        used, known = ({*unicodedata.normalize("NFD", text)} for text in ("".join(texts), symbols))
+        assert not used - known | {*map(len, texts)} - {*range(1, trained.max_len + 1)}, texts
 
 
 def read_list(path):
     for name, loader in loaders.LOADERS.items():
         texts, refusal = attempt(list, loader(path))
-        corpus, refusal = attempt(model.encode, texts) if texts else (None, refusal)
+        corpus, refusal = attempt(model.build_corpus, texts) if texts else (None, refusal)
         yield name, refusal
         for text, row in zip(texts, corpus.rows) if corpus else ():
             assert corpus.alphabet.decode(row[row > 0]) == text[:64] != "", text
@@ -213,8 +215,7 @@ def main():
     def visit(content):
         counts["inputs"] += 1
         pathlib.Path("input").write_bytes(content)
-        if not (child := os.fork()):
-            read_alone(read, counts["inputs"] % 100 == 99)
+        child = os.fork() or read_alone(read, counts["inputs"] % 100 == 99)
         steps, problem, memory = [], "crashed or hung", 0
         if os.waitpid(child, 0)[1] == 0:
             steps, problem, memory = json.loads(pathlib.Path("result").read_text())
@@ -229,8 +230,7 @@ def main():
             pathlib.Path(kept).write_bytes(content)
             print(f"{kept}: {problem[:500]}; {memory:.0f} MiB, {steps[-1:]}", flush=True)
 
-    health = list(hypothesis.HealthCheck)  # slow and large inputs are meant
-    options = {"database": None, "deadline": None, "suppress_health_check": health}
+    options = dict(database=None, deadline=None, suppress_health_check=[*hypothesis.HealthCheck])
     with tempfile.TemporaryDirectory() as temporary:
         os.chdir(temporary)
         hypothesis.configuration.set_hypothesis_home_dir(temporary)
