@@ -14,7 +14,7 @@ import shlex
 import unicodedata
 import zlib
 
-LONGEST_LINE = 2**20  # characters; a file with a longer line is no list of sequences
+LONGEST_LINE = 2**20  # characters; a file with a longer line is not a list of sequences
 UNDECODED = re.compile("[\0\udc80-\udcff]")  # what "surrogateescape" makes of bytes; and NUL
 
 
@@ -32,8 +32,8 @@ class SequenceLoader:
         max_sequences: int or None, how many to yield at most; the first ones.
 
     Attributes:
-        line: int, the line of the file on which the last sequence ended; the
-            first is 1.
+        line: int, the line of the file, from 1, on which the last sequence
+            yielded ends.
 
     Yields:
         str, one sequence.
@@ -50,7 +50,7 @@ class SequenceLoader:
     ...     print(sequence)
     """
 
-    empty = "holds no sequence: every line is blank; it needs one sequence per line"
+    when_empty = "holds no sequences: every line is blank; put one sequence on each line"
 
     header, uneven = None, 0  # which only a CSV has
 
@@ -65,7 +65,7 @@ class SequenceLoader:
         for sequence in itertools.islice(sequences, self.max_sequences):
             yield sequence
         if sequence is None:
-            raise ValueError(f"{self.path} {self.empty}.")
+            raise ValueError(f"{self.path} {self.when_empty}.")
 
     def _records(self):
         for line in self._lines():
@@ -74,7 +74,7 @@ class SequenceLoader:
     def _lines(self):
         try:
             with open(self.path, "rb") as file:
-                # Not by the file's name, which downloads and copies don't keep.
+                # By content, since downloads and copies may lose the suffix.
                 if file.peek(2).startswith(b"\x1f\x8b"):
                     file = gzip.GzipFile(fileobj=file)
                 utf_16 = file.peek(2).startswith((b"\xff\xfe", b"\xfe\xff"))
@@ -85,8 +85,7 @@ class SequenceLoader:
                     self._check(line)
                     yield line
         except UnicodeDecodeError as error:
-            self.line += 1
-            raise self._not_text(error.object[error.start]) from None
+            raise ValueError(f"{self.path} is not UTF-16 text: {error}.") from None
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{self.path} is damaged gzip: {error}.") from None
 
@@ -95,12 +94,12 @@ class SequenceLoader:
             raise self._not_text(ord(undecoded[0]) & 0xFF)
         if len(line) == LONGEST_LINE:
             raise self._error(
-                f"longer than {LONGEST_LINE:,} characters; name a file with one sequence per line"
+                f"at least {LONGEST_LINE:,} characters long; pass a file with one sequence per line"
             )
 
     def _not_text(self, byte):
         return self._error(
-            f"byte {byte:#04x} is not UTF-8 text; convert the file, as with "
+            f"byte {byte:#04x} is not UTF-8 text; convert the file, for example with "
             f"iconv -f LATIN1 -t UTF-8 {shlex.quote(os.fspath(self.path))}, or save a spreadsheet "
             'as "CSV UTF-8"'
         )
@@ -113,11 +112,11 @@ class VocabularyLoader(SequenceLoader):
     """Iterates over the words of a text file, the most used in English first.
 
     Words are ranked by `wordfreq`'s estimate of their frequency in English;
-    equally frequent ones keep the order of the file. Each word comes once:
-    that estimate knows no case, so of spellings that differ only in case one
-    is kept, the lower-case one if there is one ("in" rather than "In" and
-    "IN", but "English"). The words are held in memory, since the last one may
-    be the most frequent.
+    equally frequent ones keep the order of the file. Each word comes only
+    once: the estimate ignores case, so of spellings that differ only in case
+    one is kept, the lower-case one if there is one ("in" rather than "In";
+    "English" if there is no "english"). The words are held in memory, since
+    the last one may be the most frequent.
 
     Args:
         path: str or path-like, a file with one word per line, encoded as for
@@ -142,7 +141,7 @@ class VocabularyLoader(SequenceLoader):
 
         def frequency(record):
             word, _ = record
-            # Anything longer is no word, and would take wordfreq more memory than there is.
+            # Nothing longer is a word, and wordfreq would run out of memory.
             return wordfreq.word_frequency(word, "en") if len(word) <= 1000 else 0.0
 
         for word, line in sorted(words.values(), key=frequency, reverse=True):
@@ -155,8 +154,8 @@ class UserNameLoader(SequenceLoader):
 
     The file is read by the `csv` module: a quoted field may hold delimiters,
     quotes and line ends. The delimiter is the comma, semicolon or tab that
-    cuts the first row into the most columns, or what Excel's line `sep=;`
-    says. The first row is ignored, and so are rows whose first column is
+    splits the first row into the most columns, unless an Excel line like
+    `sep=;` names one. The first row is ignored, and so are rows whose first column is
     blank.
 
     Args:
@@ -176,17 +175,17 @@ class UserNameLoader(SequenceLoader):
             the `csv` module finds the file malformed.
     """
 
-    empty = "holds no data row: after the header it needs a row with a first column"
+    when_empty = "has no data rows: after the header it needs a row with a first column"
 
     def _records(self):
         self.header, self.uneven, row_end = [], 0, 0
         lines = itertools.dropwhile(lambda line: not line.strip("\r\n"), self._lines())
         first = next(lines, "")
-        said = re.fullmatch(r'"?sep=([^"\w\r\n])"?[\r\n]*', first, re.IGNORECASE)
-        if said:
+        declared = re.fullmatch(r'"?sep=([^"\w\r\n])"?[\r\n]*', first, re.IGNORECASE)
+        if declared:
             first = next(lines, "")
         try:
-            delimiter = said[1] if said else find_delimiter(first)
+            delimiter = declared[1] if declared else find_delimiter(first)
             rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
             for row in filter(None, rows):
                 row_end = self.line
@@ -199,17 +198,17 @@ class UserNameLoader(SequenceLoader):
             self.line = row_end + 1
             raise self._error(
                 f"not CSV from here on: {error}; look for a quote that is never closed, "
-                "or a quote within a field that is not written twice"
+                "or a quote within a field that is not doubled"
             ) from None
 
 
 def compose(text):
-    """Returns a str in which what Unicode can write as one character is one (NFC)."""
+    """Returns a text in which every character that has a composed form is composed (NFC)."""
     return unicodedata.normalize("NFC", text)
 
 
 def find_delimiter(line):
-    """Returns the delimiter, a str, that cuts a line of CSV into the most columns."""
+    """Returns the delimiter, a str, that splits a line of CSV into the most columns."""
     return max(",;\t", key=lambda each: len(next(csv.reader([line], delimiter=each), ())))
 
 
@@ -217,7 +216,7 @@ LOADERS = {loader.__name__: loader for loader in (SequenceLoader, VocabularyLoad
 
 
 def find_loader(path, name=None):
-    """Returns the class that reads a file: the one named, else the one its path asks for.
+    """Returns the class that reads a file: the one named, else the one its path implies.
 
     Args:
         path: str or path-like. What ends in `.csv` or `.csv.gz` is read by
@@ -226,9 +225,5 @@ def find_loader(path, name=None):
     """
     if name is not None:
         return LOADERS[name]
-    return UserNameLoader if is_csv(path) else SequenceLoader
-
-
-def is_csv(path):
-    """Tells whether a file, by its path, is a CSV."""
-    return os.fspath(path).lower().endswith((".csv", ".csv.gz"))
+    is_csv = os.fspath(path).lower().endswith((".csv", ".csv.gz"))
+    return UserNameLoader if is_csv else SequenceLoader

@@ -29,14 +29,14 @@ import numpy as np
 
 FORMAT = 2  # of the files that `save` writes
 READABLE_FORMATS = (1, 2)  # in 1 an unfinished run had taken its batches in another order
-LONGEST = 64  # characters kept of a sequence unless the user says otherwise
+DEFAULT_MAX_LEN = 64  # characters kept of a sequence unless the user says otherwise
 LARGEST_CORPUS = 2**33  # bytes that the encoded sequences may take
-BATCH = 2048  # sequences that are invented at a time: more would not fit the cache
+LARGEST_BATCH = 2048  # sequences invented at a time: more would overflow the CPU's cache
 DRAWS = 32  # random numbers that are made at a time for each of them
 LIMITS = {"alphabet": 2**18, "max_len": 2**16, "units": 2**13, "layers": 2**6}  # upper limits
 LARGEST_WEIGHT = 1e30  # sums of as many as there can be are still finite
 METADATA = "sequence_model"  # the root attribute that holds what Keras has no place for
-METADATA_SIZE = 2**22  # the most bytes of it: JSON can take 30 times its size in memory
+METADATA_SIZE = 2**22  # its maximum size in bytes: parsed JSON can take 30 times as much
 TRAINING_STATE = "training_state"  # the group that holds what continuing needs
 # Those of Unicode's Default_Ignorable_Code_Point that Python calls printable.
 INVISIBLE = re.compile(
@@ -68,7 +68,7 @@ class Alphabet:
         return len(self.symbols)
 
     def normalize(self, text):
-        """Returns a str composed (NFC) or, if these characters can write only that, decomposed."""
+        """Returns a text composed (NFC) or, if the alphabet can write only that, decomposed."""
         composed, decomposed = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
         return decomposed if self._knows(decomposed) and not self._knows(composed) else composed
 
@@ -76,7 +76,7 @@ class Alphabet:
         return self._ids[code_points(text)].all()
 
     def encode(self, text):
-        """Returns the ids of a str's characters, an int32 array of its length.
+        """Returns the ids of a str's characters, an int32 array of the same length.
 
         Raises:
             ValueError: if `text` holds the sentinel or a character that is
@@ -93,7 +93,7 @@ class Alphabet:
         return ids
 
     def decode(self, ids):
-        """Returns the str that an int array of ids, of any one length, stands for."""
+        """Returns the str that an int array of ids, of one dimension, stands for."""
         return self._points[ids].tobytes().decode("utf-32-le")
 
 
@@ -138,7 +138,7 @@ def build_corpus(sequences, sentinel="\n", max_len=None, characters=""):
         sequences: iterable of str.
         sentinel: str, one character.
         max_len: int or None, how many characters to keep of each sequence;
-            None keeps all of the longest one, but at most `LONGEST`.
+            None keeps all of the longest one, but at most `DEFAULT_MAX_LEN`.
         characters: str, without the sentinel: these are in the alphabet even
             if no sequence has them.
 
@@ -147,9 +147,9 @@ def build_corpus(sequences, sentinel="\n", max_len=None, characters=""):
         that were kept or given.
 
     Raises:
-        ValueError: if there is no sequence, what is kept contains the
-            sentinel, there are more different characters than a model can
-            have, or the rows would take more than `LARGEST_CORPUS` bytes.
+        ValueError: if there is no sequence, one contains the sentinel, there
+            are more different characters than a model can have, or the rows
+            would take more than `LARGEST_CORPUS` bytes.
 
     Example:
 
@@ -161,17 +161,17 @@ def build_corpus(sequences, sentinel="\n", max_len=None, characters=""):
     if not any(texts):
         raise ValueError("there is no sequence to encode")
     whole = np.fromiter(map(len, texts), np.int64, len(texts))
-    max_len = max_len or min(int(whole.max()), LONGEST)
+    max_len = max_len or min(int(whole.max()), DEFAULT_MAX_LEN)
     complete, kept = whole <= max_len, np.minimum(whole, max_len)
     used = set(characters)
     for text in texts:
         used.update(text[:max_len])
-    if sentinel in used:
+    if sentinel in characters or any(sentinel in text for text in texts):
         raise ValueError(f"sequences contain the sentinel, {sentinel!r}")
     if len(used) >= LIMITS["alphabet"]:
         raise ValueError(
-            f"{len(used):,} different characters are more than a model can have, "
-            f"{LIMITS['alphabet'] - 1:,}; name a file of text"
+            f"{len(used):,} different characters are more than the {LIMITS['alphabet'] - 1:,} "
+            "that a model can have; is this a file of text?"
         )
     alphabet = Alphabet(sentinel + "".join(sorted(used)))
     shape, dtype = (len(texts), int(kept.max())), np.min_scalar_type(len(used))
@@ -181,7 +181,7 @@ def build_corpus(sequences, sentinel="\n", max_len=None, characters=""):
             f"{LARGEST_CORPUS / 2**30:,.0f} GiB; take fewer, or lower max_len"
         )
     rows = np.zeros(shape, dtype)
-    step = max(1, 2**22 // shape[1])  # sequences at a time, to bound what is put aside
+    step = max(1, 2**22 // shape[1])  # sequences at a time, to bound temporary memory
     for start in range(0, len(texts), step):
         block = slice(start, start + step)
         filled = np.arange(shape[1]) < kept[block, None]
@@ -193,19 +193,20 @@ def build_corpus(sequences, sentinel="\n", max_len=None, characters=""):
 # 2. The Keras network
 
 
-def run_lstm(projected, recurrent_kernel, kept=None):
-    """Runs an LSTM from a state of zeros, as `SequenceModel.step` does, differentiably.
+def run_lstm(projected, recurrent_kernel, mask=None):
+    """Runs an LSTM over whole sequences, from a state of zeros, differentiably.
 
-    The gradient is that of backpropagation through time (Werbos 1990). The
-    compiler's own adds each step's part to the gradient of the recurrent
-    kernel, which for wide layers is more memory traffic than all else; here
-    one product at the end makes the sum. TensorFlow needs XLA for it.
+    The gradient is that of backpropagation through time (Werbos 1990).
+    Automatic differentiation adds each step's share to the gradient of the
+    recurrent kernel, which for wide layers is more memory traffic than all
+    else; here one product at the end computes the whole sum. On TensorFlow it
+    needs XLA.
 
     Args:
         projected: float32 tensor `(steps, batch, 4 × units)`: the inputs times
             the kernel, plus the bias.
         recurrent_kernel: float32 tensor `(units, 4 × units)`.
-        kept: float32 tensor `(batch, units)` or None, what the outputs are
+        mask: float32 tensor `(batch, units)` or None, what the outputs are
             multiplied by before the layer reads them back.
 
     Returns:
@@ -220,7 +221,7 @@ def run_lstm(projected, recurrent_kernel, kept=None):
         return ops.slice_update(array, (step, 0, 0), value[None])
 
     def drop(hidden):
-        return hidden if kept is None else hidden * kept
+        return hidden if mask is None else hidden * mask
 
     @ops.custom_gradient
     def run(projected, recurrent_kernel):
@@ -264,7 +265,7 @@ def run_lstm(projected, recurrent_kernel, kept=None):
             carry = zeros, zeros, ops.zeros_like(gates)
             _, _, d_totals = ops.fori_loop(0, steps, backward, carry)
             # Not reshaped for a plain product: devices that share the batch would first have
-            # to tell each other all of it.
+            # to exchange all of it.
             return d_totals, ops.tensordot(drop(hiddens[:-1]), d_totals, ((0, 1), (0, 1)))
 
         return hiddens[1:], gradient
@@ -273,38 +274,38 @@ def run_lstm(projected, recurrent_kernel, kept=None):
 
 
 def make_lstm_by_hand(units, recurrent_dropout=0.0, **options):
-    """Makes a `keras.layers.LSTM` that returns sequences and learns through `run_lstm`.
+    """Makes a `keras.layers.LSTM` that learns through `run_lstm`.
 
     When it isn't training it is Keras's own layer.
 
     Args:
-        units, options: what `keras.layers.LSTM` takes.
+        units, options: as `keras.layers.LSTM` takes them.
         recurrent_dropout: float, the share of each sequence's outputs that
             the layer does not read back, the same ones at every step (Gal and
-            Ghahramani 2016). Keras's own, which draws other ones for each
-            gate, takes four products a step where this takes one.
+            Ghahramani 2016). Keras's own uses a separate mask for each gate
+            and so needs four products per step where this needs one.
 
     Returns:
         The layer, of a subclass of `keras.layers.LSTM`.
     """
     from keras import layers, ops, random
 
-    class LSTM(layers.LSTM):
+    class LSTM(layers.LSTM):  # named as Keras's own, because `save` writes the class's name
         def inner_loop(self, sequences, initial_state, mask, training=False):
             if not training:
                 return super().inner_loop(sequences, initial_state, mask, training)
             steps_first = ops.transpose(sequences, (1, 0, 2))
             projected = ops.matmul(steps_first, self.cell.kernel) + self.cell.bias
-            kept = None
+            mask = None
             if recurrent_dropout:
-                kept = ops.ones_like(initial_state[0])
-                kept = random.dropout(kept, recurrent_dropout, seed=self.cell.seed_generator)
-            hidden = run_lstm(projected, ops.convert_to_tensor(self.cell.recurrent_kernel), kept)
+                mask = ops.ones_like(initial_state[0])
+                mask = random.dropout(mask, recurrent_dropout, seed=self.cell.seed_generator)
+            hidden = run_lstm(projected, ops.convert_to_tensor(self.cell.recurrent_kernel), mask)
             hidden = ops.transpose(hidden, (1, 0, 2))
-            return hidden[:, -1], hidden, initial_state  # nobody asks for the last state
+            return hidden[:, -1], hidden, initial_state  # nothing uses the last state
 
     # An LSTM of cuDNN can't be divided among devices.
-    return LSTM(units, return_sequences=True, use_cudnn=False, **options)
+    return LSTM(units, use_cudnn=False, **options)
 
 
 def build_layers(
@@ -345,28 +346,25 @@ def build_layers(
         return int(rng.integers(2**31))
 
     built = [Input((None, alphabet_size), name="characters")]
+    make_lstm = make_lstm_by_hand if by_hand else LSTM
     for layer in range(1, layers + 1):
-        options = {
-            "kernel_initializer": GlorotUniform(draw()),
-            "recurrent_initializer": Orthogonal(seed=draw()),
-            "seed": draw(),
-            "name": f"lstm_{layer}",
-        }
-        if by_hand:
-            lstm = make_lstm_by_hand(units, recurrent_dropout, **options)
-        else:
-            lstm = LSTM(
-                units, return_sequences=True, recurrent_dropout=recurrent_dropout, **options
-            )
-        built.append(lstm)
-        built.append(Dropout(dropout, seed=draw(), name=f"dropout_{layer}"))
+        lstm = make_lstm(
+            units,
+            recurrent_dropout=recurrent_dropout,
+            return_sequences=True,
+            kernel_initializer=GlorotUniform(draw()),
+            recurrent_initializer=Orthogonal(seed=draw()),
+            seed=draw(),
+            name=f"lstm_{layer}",
+        )
+        built += [lstm, Dropout(dropout, seed=draw(), name=f"dropout_{layer}")]
     kernel = GlorotUniform(draw())
     built.append(Dense(alphabet_size, "softmax", kernel_initializer=kernel, name="next_character"))
     return built
 
 
 def total_loss(network, rows, lengths, training=False):
-    """Returns how badly a network predicts a batch: what it is trained to lower.
+    """Returns the training loss of a batch.
 
     With `s` for the sentinel, the row `abc` is read as `sabc` and should be
     predicted as `abcs`. Runs on any backend of Keras, compiled or not.
@@ -388,8 +386,8 @@ def total_loss(network, rows, lengths, training=False):
     read = ops.pad(rows[:, :-1], [[0, 0], [1, 0]])
     predicted = network(ops.one_hot(read, network.input_shape[-1]), training=training)
     nats = losses.sparse_categorical_crossentropy(rows, predicted)
-    count = ops.arange(ops.shape(rows)[1], dtype=lengths.dtype) < lengths[:, None]
-    return ops.sum(ops.where(count, nats, 0.0))
+    counted = ops.arange(ops.shape(rows)[1], dtype=lengths.dtype) < lengths[:, None]
+    return ops.sum(ops.where(counted, nats, 0.0))
 
 
 def weight_shapes(alphabet_size, units, layers):
@@ -422,11 +420,11 @@ class State:
     cell: np.ndarray
 
     def take(self, rows):
-        """Returns a `State` that holds copies of the rows in an int array."""
+        """Returns a `State` of copies of the rows that an int array selects."""
         return State(self.hidden[rows], self.cell[:, rows])
 
     def move(self, sources, targets):
-        """Overwrites the rows in one int array by those in another of its length."""
+        """Copies the rows `sources` over the rows `targets`, two int arrays of one length."""
         self.hidden[targets] = self.hidden[sources]
         self.cell[:, targets] = self.cell[:, sources]
 
@@ -450,7 +448,7 @@ class SequenceModel:
         self.max_len = max_len
         self.weights = weights
         *lstm, self._kernel, self._bias = weights
-        self.units = len(self._kernel)
+        self._units = len(self._kernel)
         self._layers = []
         for index in range(0, len(lstm), 3):
             kernel, recurrent_kernel, bias = lstm[index : index + 3]
@@ -465,9 +463,9 @@ class SequenceModel:
     def _by_gate(self, *weights):
         # Each gate's part becomes an array of its own, because NumPy is faster on whole
         # arrays than on columns; and those of the three sigmoids are halved, because
-        # σ(x) = tanh(x / 2) / 2 + 1 / 2 then leaves one tanh to compute for all four.
-        parts = [array.reshape(-1, 4, self.units) for array in weights]
-        gates = np.empty((4, sum(map(len, parts)), self.units), np.float32)
+        # σ(x) = tanh(x / 2) / 2 + 1 / 2, so that one tanh then serves all four.
+        parts = [array.reshape(-1, 4, self._units) for array in weights]
+        gates = np.empty((4, sum(map(len, parts)), self._units), np.float32)
         start = 0
         for part in parts:
             rows = slice(start, start := start + len(part))
@@ -478,8 +476,8 @@ class SequenceModel:
     def start(self, rows=1):
         """Returns the `State` before anything is read, for this many sequences."""
         return State(
-            np.zeros((rows, len(self._layers) * self.units), np.float32),
-            np.zeros((len(self._layers), rows, self.units), np.float32),
+            np.zeros((rows, len(self._layers) * self._units), np.float32),
+            np.zeros((len(self._layers), rows, self._units), np.float32),
         )
 
     def step(self, ids, state):
@@ -499,7 +497,7 @@ class SequenceModel:
             Float32 array `(batch, alphabet)`: logits, whose softmax is the
             distribution of the next character.
         """
-        batch, units = len(ids), self.units
+        batch, units = len(ids), self._units
         gates = np.empty((4, batch, units), np.float32)
         for layer, (weights, offsets) in enumerate(self._layers):
             hidden = state.hidden[:batch, : (layer + 1) * units]
@@ -538,7 +536,7 @@ class SequenceModel:
         return logits, state
 
     def read_prompt(self, prompt):
-        """Does what `read` does, but makes an end impossible where nothing was read yet.
+        """Reads like `read`, but rules out an immediate end after an empty prompt.
 
         No sequence that a model learned from was empty.
         """
@@ -547,8 +545,8 @@ class SequenceModel:
             logits[:, 0] = -np.inf
         return logits, state
 
-    def check_prompt(self, prompt, max_len):
-        """Returns a prompt in the form that the model can read, as `Alphabet.normalize` does.
+    def prepare_prompt(self, prompt, max_len):
+        """Returns a prompt in the form that the model can read (`Alphabet.normalize`).
 
         Raises a ValueError if no sequence of at most `max_len` characters has
         this beginning.
@@ -556,14 +554,14 @@ class SequenceModel:
         prompt = self.alphabet.normalize(prompt)
         self.alphabet.encode(prompt)
         if len(prompt) > max_len:
-            raise ValueError(f"{len(prompt)} characters are more than max_len, {max_len}, allows")
+            raise ValueError(f"it has {len(prompt)} characters, but max_len is {max_len}")
         return prompt
 
     def batch_size(self, max_len):
         """Returns how many sequences of up to `max_len` characters to work on at a time, an int."""
-        width = len(self._layers) * self.units
+        width = len(self._layers) * self._units
         sizes = 2**23 // (max_len + 1), 2**21 // len(self.alphabet), 2**23 // width
-        return max(1, min(BATCH, *sizes))
+        return max(1, min(LARGEST_BATCH, *sizes))
 
     def sample(
         self, prompt="", count=1, temperature=1.0, top_k=None, top_p=None, max_len=None, seed=None
@@ -582,7 +580,7 @@ class SequenceModel:
             seed: what `numpy.random.default_rng` takes: an int for the same
                 sequences each time, None for others, or a
                 `numpy.random.Generator`. A sequence depends on the seed and
-                its place in the count alone, so that a larger count or
+                its index alone, so that a larger count or
                 `max_len` begins with the sequences of a smaller one. (Sums
                 are rounded a little differently in batches of another size;
                 that changes about one sequence in 100,000.)
@@ -599,8 +597,8 @@ class SequenceModel:
         >>> list(names.sample("Al", count=2, top_k=20, seed=1))
         """
         max_len = self.max_len if max_len is None else max_len
-        prompt = self.check_prompt(prompt, max_len)
-        check_shape(temperature, top_k, top_p)
+        prompt = self.prepare_prompt(prompt, max_len)
+        check_shaping(temperature, top_k, top_p)
         to_probabilities = functools.partial(
             distribution, temperature=temperature, top_k=top_k, top_p=top_p
         )
@@ -611,7 +609,7 @@ class SequenceModel:
         logits, state = self.read_prompt(prompt)
         most, start = self.batch_size(steps), 0
         while count is None or start < count:
-            # Without a count a few may be enough, so that the batches only grow.
+            # Without a count a few may be enough, so the batches start small and double.
             batch = min(most, max(start, 128) if count is None else count - start)
             first = np.zeros(batch, int)
             draws = functools.partial(_draw, key, start, batch)
@@ -681,8 +679,8 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
             characters likelier, above 1 evens them out, 0 always takes the
             likeliest.
         top_k: int or None, how many characters remain, the likeliest.
-        top_p: float or None: only the likeliest characters remain, as few as
-            have this probability together, and at least one.
+        top_p: float or None, keeps the smallest set of likeliest characters
+            whose probabilities add up to this.
 
     Returns:
         Float64 array of that shape.
@@ -696,7 +694,7 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
     >>> distribution(np.log([0.5, 0.3, 0.2]), top_k=2)
     array([0.625, 0.375, 0.   ])
     """
-    check_shape(temperature, top_k, top_p)
+    check_shaping(temperature, top_k, top_p)
     if temperature == 0:
         temperature, top_k = 1.0, 1
     logits = logits - logits.max(axis=-1, keepdims=True).astype(np.float64)
@@ -719,8 +717,8 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
     return probabilities
 
 
-def check_shape(temperature, top_k, top_p):
-    """Raises a ValueError if `distribution` can't have these arguments."""
+def check_shaping(temperature, top_k, top_p):
+    """Raises a ValueError if `distribution` does not accept these arguments."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature should be at least 0. Received: {temperature}")
     if top_k is not None and top_k < 1:
@@ -741,7 +739,7 @@ def save(path, network, weights, metadata, training_state=()):
 
     Args:
         path: str or path-like, replaced if it exists.
-        network: `keras.Sequential` of what `build_layers` returns, compiled.
+        network: `keras.Sequential` of what `build_layers` returns.
         weights: list of float32 arrays, those that the file is to hold; they
             need not be the network's present ones.
         metadata: dict that JSON can hold, with at least `alphabet` (str, the
@@ -763,7 +761,7 @@ def save(path, network, weights, metadata, training_state=()):
     shapes = weight_shapes(len(metadata["alphabet"]), metadata["units"], metadata["layers"])
     # In memory first, because HDF5 recovers badly from a full disk.
     content = io.BytesIO()
-    # The newest layout, because an attribute of the old one ends at 64 KiB.
+    # The newest layout, because an attribute of the old one is limited to 64 KiB.
     with h5py.File(content, "w", libver="latest") as file:
         group = file.create_group("model_weights")
         for place in (file, group):
@@ -857,7 +855,7 @@ def load(path):
             for (layer, name), shape in shapes.items()
         ]
         if len(file["model_weights"]) != layers + 1:
-            raise _ReadError(f"it holds more layers than the {layers} it says")
+            raise _ReadError(f"it holds more layers than the {layers} it declares")
     return SequenceModel(Alphabet(symbols), metadata["max_len"], weights), metadata
 
 
@@ -880,10 +878,10 @@ def load_training_state(path):
         count = len(_follow(file, TRAINING_STATE))
         if count > 16 * (metadata["layers"] + 1):
             raise _ReadError(
-                f"it holds more of a training state than {metadata['layers']} layers have"
+                f"it holds a larger training state than {metadata['layers']} layers need"
             )
         found = [_find_array(file, f"{TRAINING_STATE}/{index}") for index in range(count)]
-        # The same bytes can stand under many names.
+        # Hard links can give the same bytes many names.
         if sum(array.nbytes for array in found) > file.id.get_filesize():
             raise _ReadError("its arrays claim more bytes than it has")
         return [_read_array(array, sys.float_info.max) for array in found]
@@ -896,6 +894,7 @@ class _ReadError(ValueError):
 @contextlib.contextmanager
 def _opened(path):
     # Yields an h5py.File; whatever is wrong with the file becomes one ValueError.
+    # A pipe or a device could block or never end; `open` refuses a folder.
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise ValueError(f"{path} is not a regular file")
     with open(path, "rb"):  # whose errors are clearer than those of h5py
@@ -918,7 +917,7 @@ def _read_metadata(file):
     attribute = file.attrs.get_id(METADATA)
     # One of a variable size, once damaged, can make HDF5 hang.
     if attribute.dtype.kind != "S" or attribute.shape != ():
-        raise _ReadError(f"its attribute {METADATA!r} is not a text of a fixed size")
+        raise _ReadError(f"its attribute {METADATA!r} is not fixed-length text")
     if attribute.dtype.itemsize > METADATA_SIZE:
         raise _ReadError(f"its attribute {METADATA!r} is longer than {METADATA_SIZE} bytes")
     try:
@@ -928,7 +927,7 @@ def _read_metadata(file):
     if not isinstance(metadata, dict):
         raise _ReadError(f"its attribute {METADATA!r} is not a JSON object")
     if metadata.get("format") not in READABLE_FORMATS:
-        raise _ReadError(f"it is not of a format that this version reads, {READABLE_FORMATS}")
+        raise _ReadError(f"it is not in a format that this version can read, {READABLE_FORMATS}")
     symbols = metadata.get("alphabet")
     if not isinstance(symbols, str) or not 2 <= len(symbols) <= LIMITS["alphabet"]:
         raise _ReadError(f"its alphabet is not a string of 2 to {LIMITS['alphabet']} characters")
@@ -955,7 +954,7 @@ def _follow(file, name):
         if not isinstance(found, h5py.Group) or not isinstance(
             found.get(part, getlink=True), h5py.HardLink
         ):
-            raise _ReadError(f"it holds no {name} where one belongs")
+            raise _ReadError(f"it has no {name}")
         found = found[part]
     return found
 
@@ -964,8 +963,7 @@ def _find_array(file, name, shape=None):
     # Returns an h5py.Dataset that can be read at no risk; of any shape and kind of
     # number if none is given, else float32.
     found = _follow(file, name)
-    # First of all: to ask for the shape of an array that is put together from other
-    # files would open them.
+    # Checked first: asking a virtual dataset for its shape would open other files.
     layout = found.id.get_create_plist() if isinstance(found, h5py.Dataset) else None
     if not layout or layout.get_layout() != h5py.h5d.CONTIGUOUS or layout.get_external_count():
         raise _ReadError(f"{name} is not an array stored in one piece")
@@ -1006,23 +1004,23 @@ class CommandLine(argparse.ArgumentParser):
     """An `argparse.ArgumentParser` whose every error is one line on stderr.
 
     Like its parent it exits with status 2. Its help shows the defaults, and
-    it takes no abbreviations, since they change as flags are added.
+    it accepts no abbreviations, since a new flag could change their meaning.
 
     Attributes:
-        find_flag: function from a word, a str, to the flag that may be meant
-            before it.
+        suggest_flag: function from a stray word, a str, to the flag that may
+            be missing before it.
     """
 
     def __init__(self, **options):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
 
     def parse_args(self, args=None, namespace=None):
-        """Does what its parent does, but says which flag takes a word that has none."""
+        """Parses like its parent, but suggests the flag that is missing before a stray word."""
         args, strays = self.parse_known_args(args, namespace)
         if strays and strays[0].startswith("-"):
             self.error(f"there is no flag {strays[0].partition('=')[0]}; --help shows all")
         if strays:
-            self.error(f"{strays[0]!r} needs a flag before it: {self.find_flag(strays[0])}")
+            self.error(f"{strays[0]!r} needs a flag before it: {self.suggest_flag(strays[0])}")
         return args
 
     def error(self, message):
@@ -1032,7 +1030,7 @@ class CommandLine(argparse.ArgumentParser):
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        if action.default is None or "(default" in action.help:
+        if action.default is None or action.nargs == 0 or "(default" in action.help:
             return action.help
         return super()._get_help_string(action)
 
@@ -1051,25 +1049,25 @@ def within(kind, low, high):
 
 
 @contextlib.contextmanager
-def reading(flag, path, wanted):
-    """Makes a UserError of what goes wrong while the file that a flag names is read.
+def reading(where, path, instead):
+    """Turns errors while a file is read into a UserError.
 
-    `wanted` says what to name instead, such as "a file of sequences".
+    `where` names the flag that names it, and `instead` what to pass.
     """
     try:
         yield
     except OSError as error:
         reason = error.strerror or error
         raise UserError(
-            f"{flag}: can't read {path or repr(path)}: {reason}; name {wanted}"
+            f"{where}: can't read {path or repr(path)}: {reason}; pass {instead}"
         ) from None
     except ValueError as error:
-        raise UserError(f"{flag}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
 
 
 @contextlib.contextmanager
 def writing(flag, path):
-    """Makes a UserError of what goes wrong while the file that a flag names is written."""
+    """Turns errors while the file that a flag names is written into a UserError."""
     try:
         yield
     except OSError as error:
@@ -1077,18 +1075,18 @@ def writing(flag, path):
 
 
 def check_target(flag, path, inputs):
-    """Raises a UserError, before work is spent on it, if no file can be put at `path`.
+    """Raises a UserError, before any work is wasted, if no file can be put at `path`.
 
     It must be none of `inputs`, pairs of a flag and the path of what is read.
     """
     if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
-        raise UserError(f"{flag}: {path!r} is not a regular file; name one")
+        raise UserError(f"{flag}: {path!r} is not a regular file; pass one")
     for name, other in inputs:
         if other is not None and is_same_file(path, other):
-            raise UserError(f"{flag}: {path} is the file of {name}; name another one")
+            raise UserError(f"{flag}: {path} is the file of {name}; pass another one")
     with writing(flag, path):
         with contextlib.suppress(FileNotFoundError):
-            os.stat(path)  # which fails for a name that is too long, or a link in a circle
+            os.stat(path)  # which fails for a name that is too long, or a circular link
         folder = pathlib.Path(os.path.realpath(path)).parent
         existing = next(each for each in (folder, *folder.parents) if each.exists())
         with tempfile.TemporaryFile(dir=existing):
@@ -1105,17 +1103,27 @@ def is_same_file(path, other):
 def name_character(character):
     """Returns how to name a character in a message, a str: as it looks, if that is visible."""
     if "\udc80" <= character <= "\udcff":  # what Python makes of a byte that can't be decoded
-        return f"the byte 0x{ord(character) - 0xDC00:02x}, which is not UTF-8,"
+        return f"the non-UTF-8 byte 0x{ord(character) - 0xDC00:02x}"
     visible = printable(character) == character and unicodedata.category(character)[0] != "M"
     return repr(character) if visible or character.isascii() else f"U+{ord(character):04X}"
+
+
+def perplexity(nats):
+    """Returns the perplexity, a float, of a cross-entropy in nats per character."""
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def discard(stream):
+    """Lets nothing that is still written to a stream of the process go anywhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def printable(text):
     """Returns a str that can't steer the terminal it is shown on.
 
     Every character that Python calls not printable (control and format
-    characters, line ends, lone surrogates) or that Unicode wants to be shown
-    as nothing is replaced by its escape.
+    characters, line ends, lone surrogates) or that Unicode says to show as
+    nothing is replaced by its escape.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -1127,17 +1135,17 @@ def printable(text):
     )
 
 
-def catch_signals(handler=None):
+def interrupt(number, frame):
+    """Handles a signal by a KeyboardInterrupt with its number."""
+    raise KeyboardInterrupt(number)
+
+
+def catch_signals(handler=interrupt):
     """Handles Ctrl-C, SIGTERM, and SIGHUP, which a closed terminal sends.
 
-    Without a handler they raise a KeyboardInterrupt with the signal's number.
     What was ignored before, as `nohup` does with SIGHUP, still is.
     """
-
-    def interrupt(number, frame):
-        raise KeyboardInterrupt(number)
-
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, interrupt if handler is None else handler)
+            signal.signal(number, handler)

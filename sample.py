@@ -22,7 +22,7 @@ import warnings
 import numpy as np
 
 import model
-from loaders import LOADERS, LONGEST_LINE, compose, find_loader, is_csv
+from loaders import LOADERS, LONGEST_LINE, compose, find_loader
 from model import CommandLine, UserError, within
 
 DESCRIPTION = "Invents sequences with a model that train.py saved."
@@ -39,12 +39,12 @@ From a pipe, each line is a prompt. Results go to stdout, everything else to std
 ENGLISH_WORDS = (
     pathlib.Path(__file__).resolve().parent / "pre_trained_models" / "english_words_5000.h5"
 )
-PATIENCE = 20_000  # after so many sequences in a row without a new one, there are no more
+MOST_IDLE = 20_000  # after this many in a row without a new one, assume that none are left
 # Bytes that the search for the most likely sequences may take: for any search, more for each
 # sequence that is wanted, and the most of both together.
 SEARCH_MEMORY = 3 * 2**25, 2**19, 2**30
-SCREENFUL = 1000  # sequences that are arranged together on a terminal, if they are not long
-# The flags that modes which don't draw sequences have no use for.
+SCREENFUL = 1000  # sequences that are arranged together on a terminal
+# Flags that make no sense where nothing is drawn.
 UNUSED = {
     "most_likely": "num_samples unique seed",
     "score": "prompt num_samples temperature top_k top_p unique exclude seed",
@@ -52,9 +52,9 @@ UNUSED = {
 
 
 def parse_arguments(arguments=None):
-    """Returns the parser and what it makes of a list of str, or None for the process's."""
+    """Returns the parser and the parsed arguments (those of the process if None)."""
     parser = CommandLine(prog="sample.py", description=DESCRIPTION, epilog=EXAMPLE)
-    parser.find_flag = lambda word: (
+    parser.suggest_flag = lambda word: (
         ("--weights_path" if word.endswith(".h5") or os.path.isfile(word) else "--prompt")
         + f" {word}"
     )
@@ -69,7 +69,7 @@ def parse_arguments(arguments=None):
         "--prompt",
         nargs="+",
         action="extend",
-        help="answer these first characters, which may be none ('' then), and exit; "
+        help="complete these first characters ('' for none), and exit; "
         "write --prompt=-a if they start with a dash",
     )
 
@@ -101,22 +101,22 @@ def parse_arguments(arguments=None):
     drawing.add_argument(
         "--max_len",
         type=within(int, 1, model.LIMITS["max_len"]),
-        help="longest sequence (default: that of the training)",
+        help="longest sequence (default: as in training)",
     )
     drawing.add_argument(
         "--seed",
         type=within(int, 0, 2**64 - 1),
-        help="the same seed invents the same sequences (default: others each time)",
+        help="the same seed invents the same sequences (default: different ones each time)",
     )
     drawing.add_argument(
-        "--unique", action="store_true", help="no sequence twice, whatever the prompts"
+        "--unique", action="store_true", help="no sequence twice, even across prompts"
     )
     drawing.add_argument(
         "--exclude",
         metavar="FILE",
         nargs="+",
         action="extend",
-        help="no sequence that is in this file, say that of the training",
+        help="no sequence that is in this file, such as the training data",
     )
 
     other = parser.add_argument_group("instead of drawing").add_mutually_exclusive_group()
@@ -145,8 +145,8 @@ def parse_arguments(arguments=None):
         "--output",
         metavar="FILE",
         help="write the results here, a CSV with a header if it ends in .csv, in one step at the "
-        "end: an error leaves the old file, Ctrl-C keeps what there is; asks for no prompt on a "
-        "terminal",
+        "end: an error leaves the old file, Ctrl-C keeps what there is; never asks for prompts "
+        "on a terminal",
     )
     args = parser.parse_args(arguments)
     for mode, names in UNUSED.items():
@@ -160,15 +160,15 @@ def parse_arguments(arguments=None):
 
 
 def pick_new(sequences, known, unique, count, warn):
-    """Passes on those of the sequences that are new.
+    """Yields the new ones among the sequences.
 
     Args:
         sequences: iterable of str.
         known: set of str, those that are not new.
         unique: bool, whether each that was passed on is known from then on.
         count: int, how many to pass on.
-        warn: function that is told, in a str, if there are fewer: if none of
-            `PATIENCE` in a row was new.
+        warn: function called with a message if there are fewer: if none of
+            `MOST_IDLE` in a row was new.
 
     Yields:
         str.
@@ -182,10 +182,10 @@ def pick_new(sequences, known, unique, count, warn):
             yield text
             if found == count:
                 return
-        elif (idle := idle + 1) == PATIENCE:
+        elif (idle := idle + 1) == MOST_IDLE:
             warn(
-                f"the model has nothing new left to give: {found:,} found, not {count:,}, and "
-                f"among the last {PATIENCE:,} that it invented there was none"
+                f"the model has nothing new left: found {found:,} of {count:,}, and none of the "
+                f"last {MOST_IDLE:,} was new"
             )
             return
 
@@ -202,7 +202,7 @@ class Prefix:
         state: `model.State` of one row, after the text was read.
         following: int array `(characters,)`: ids, the likeliest first.
         values: float64 array of that shape: the log-probabilities of the
-            text with each of them behind it.
+            text followed by each of them.
     """
 
     text: str
@@ -234,6 +234,7 @@ class Search:
         self.to_probabilities = to_probabilities
         self.exclude = exclude
         state = trained.start()
+        # An id and a log-probability for each follower, the text, and Python's own objects.
         size = state.hidden.nbytes + state.cell.nbytes + 16 * len(trained.alphabet) + 4 * max_len
         base, each, most = SEARCH_MEMORY
         self.memory = min(base + each * count, most)
@@ -243,7 +244,7 @@ class Search:
         self.whole = []  # (-log-probability, sequence)
         self.best = []  # the log-probabilities of the `count` best sequences so far
         self.open = []  # (-log-probability, serial, rank, prefix): its rank-th follower
-        self.serial = itertools.count()  # so that no prefixes are ever compared
+        self.serial = itertools.count()  # a tie-breaker, so that prefixes are never compared
         self.given_up = -math.inf  # the log-probability of the best prefix that was
 
     @property
@@ -264,7 +265,7 @@ class Search:
         Args:
             texts: list of str.
             values: float array `(len(texts),)`, their log-probabilities.
-            logits, state: what reading them led to.
+            logits, state: what the network returned for them.
         """
         with np.errstate(divide="ignore"):  # the impossible becomes -inf
             values = np.log(self.to_probabilities(logits)) + values[:, None]
@@ -279,12 +280,12 @@ class Search:
                     self.add(values[row, index], text + self.trained.alphabet.symbols[index])
 
     def push(self, rank, prefix):
-        """Opens a `Prefix` with its follower of this rank, an int, if that may be of use."""
+        """Opens a `Prefix` with its follower of this rank, if that can still be among the best."""
         if rank < len(prefix.values) and prefix.values[rank] > self.floor:
             heapq.heappush(self.open, (-prefix.values[rank], next(self.serial), rank, prefix))
 
     def read_best(self):
-        """Reads the best prefixes on by a character: a batch, since NumPy is fast at that."""
+        """Extends the best prefixes by a character, many at once because NumPy is fast at that."""
         chosen = []
         most = min(256, self.trained.batch_size(self.max_len))
         while self.open and len(chosen) < most:
@@ -307,10 +308,11 @@ class Search:
         """Forgets what can't be one of the best and, if that is too little, unlikely prefixes."""
         self.whole = sorted(entry for entry in self.whole if -entry[0] >= self.floor)
         self.open = sorted(entry for entry in self.open if -entry[0] > self.floor)
-        kept = self.limit * 7 // 8 - len(self.whole)  # some room, not to come here again at once
-        if len(self.open) > kept:
-            self.given_up = max(self.given_up, -self.open[kept][0])
-            del self.open[kept:]
+        # Leaves room, so that this does not run again at once.
+        room = self.limit * 7 // 8 - len(self.whole)
+        if len(self.open) > room:
+            self.given_up = max(self.given_up, -self.open[room][0])
+            del self.open[room:]
 
     def take_best(self):
         """Returns the best of the remaining sequences.
@@ -347,7 +349,7 @@ def most_likely(
         prompt, temperature, top_k, top_p, max_len: as in its `sample`.
         count: int, how many.
         exclude: container of str that are not wanted.
-        warn: function that is told, in a str, if there are fewer: if no
+        warn: function called with a message if there are fewer: if no
             other sequence is possible, or more prefixes would have to be
             remembered than fit into the bytes that `SEARCH_MEMORY` allows.
 
@@ -363,8 +365,8 @@ def most_likely(
     >>> list(most_likely(names, "Al", count=3))
     """
     max_len = trained.max_len if max_len is None else max_len
-    prompt = trained.check_prompt(prompt, max_len)
-    model.check_shape(temperature, top_k, top_p)
+    prompt = trained.prepare_prompt(prompt, max_len)
+    model.check_shaping(temperature, top_k, top_p)
     to_probabilities = functools.partial(
         model.distribution, temperature=temperature, top_k=top_k, top_p=top_p
     )
@@ -386,7 +388,7 @@ def _take_proven(search, prompt, count, warn):
                 warn(
                     f"only {found:,} of {count:,} are proven to be the most likely: more would "
                     f"take over {search.memory / 2**20:,.0f} MiB of memory; a longer --prompt, a "
-                    "lower --temperature or --top_k take less"
+                    "lower --temperature or --top_k needs less"
                 )
             else:
                 warn(f"no more than {found:,} sequences are possible, not {count:,}")
@@ -434,7 +436,7 @@ def _score(trained, texts, max_len):
         except ValueError:
             rows.append(np.zeros(0, int))
     order = np.argsort(-lengths, kind="stable")  # so that those still being read are the first
-    padded = np.zeros((len(texts), lengths.max() + 2), int)
+    padded = np.zeros((len(texts), lengths.max() + 1), int)
     for place, index in enumerate(order):
         padded[place, 1 : len(rows[index]) + 1] = rows[index]
     state = trained.start(len(texts))
@@ -451,31 +453,31 @@ def _score(trained, texts, max_len):
 # Finding results as the command line asks: tuples of a sequence and perhaps a number
 
 
-def make_finder(args, trained, known, warn):
+def make_finder(args, trained, unwanted, note):
     """Makes the function that finds the results for a prompt, as the command line asks.
 
     Args:
         args: the command line.
         trained: `model.SequenceModel`.
-        known: set of str, what must not be found.
-        warn: function that is told, in a str, why there are fewer results.
+        unwanted: set of str, what must not be found.
+        note: function called with a message if there are fewer results.
     """
     rng = np.random.default_rng(args.seed)
     shaping = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "max_len")}
 
     def find(prompt):
-        def warn_here(note):
-            warn(f"{prompt!r}: {note}" if prompt else note)
+        def warn(message):
+            note(f"{prompt!r}: {message}" if prompt else message)
 
         if args.most_likely is not None:
-            limits = {"exclude": known, "warn": warn_here}
+            limits = {"exclude": unwanted, "warn": warn}
             likeliest = most_likely(trained, prompt, args.most_likely, **shaping, **limits)
             return ((text, f"{probability:#.6g}") for probability, text in likeliest)
         picky = args.unique or args.exclude is not None
         count = None if picky else args.num_samples
         texts = trained.sample(prompt, count, **shaping, seed=rng)
         if picky:
-            texts = pick_new(texts, known, args.unique, args.num_samples, warn_here)
+            texts = pick_new(texts, unwanted, args.unique, args.num_samples, warn)
         return zip(texts)
 
     return find
@@ -490,28 +492,28 @@ def find_for_all(find, prompts):
             raise UserError(f"prompt {number}: {error}; nothing was written") from None
 
 
-def find_scores(args, trained, warn):
-    """Yields the results of `--score` and at the end tells, in a str, what the mean is."""
-    total = steps = known = unknown = cut = 0
+def find_scores(args, trained, note):
+    """Yields the results of `--score`, and finally notes their mean."""
+    total = steps = scored = unknown = cut = 0
     max_len = args.max_len or trained.max_len
     for text, nats, length in score(trained, read_sequences(args, "--score", args.score), max_len):
         yield text, f"{nats / max(length, 1):.6f}"
         if length:
-            total, steps, known = total + nats, steps + length, known + 1
+            total, steps, scored = total + nats, steps + length, scored + 1
             cut += len(text) > max_len
         else:
             unknown += 1
-    if known:
+    if scored:
         mean = total / steps
-        warn(
-            f"{mean:.6f} nats per character, perplexity {math.exp(min(mean, 700)):.6g}: the mean "
-            f"over {known:,} sequences with {steps:,} characters and ends"
+        note(
+            f"{mean:.6f} nats per character, perplexity {model.perplexity(mean):.6g}: the mean "
+            f"over {scored:,} sequences with {steps:,} characters and ends"
         )
     if unknown:
-        more = "more hold" if known else "sequences, all of them, hold"
-        warn(f"{unknown:,} {more} characters that the model can't know")
+        which = f"{unknown:,} more" if scored else f"all {unknown:,} sequences"
+        note(f"{which} hold characters that the model does not know")
     if cut:
-        warn(f"{cut:,} were longer than {max_len} characters and cut (--max_len)")
+        note(f"{cut:,} were longer than {max_len} characters and cut (--max_len)")
 
 
 def read_sequences(args, flag, path):
@@ -525,31 +527,18 @@ def read_sequences(args, flag, path):
 
 def show(lines, columns):
     """Writes lines, an iterable of str, to stdout, in columns if asked to."""
+    lines = iter(lines)
     if columns:
-        for block in take_screenfuls(lines):
+        while block := list(itertools.islice(lines, SCREENFUL)):
             show_in_columns(block)
-    else:
-        for line in lines:
-            sys.stdout.write(line + "\n")
-    sys.stdout.flush()
-
-
-def take_screenfuls(lines):
-    """Yields lists of the lines that are to be arranged together."""
-    block, size = [], 0
     for line in lines:
-        block.append(line)
-        size += len(line)
-        if len(block) == SCREENFUL or size > 80 * SCREENFUL:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
+        sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def show_in_columns(texts):
     """Prints a list of str in as many columns as fit the terminal, to be read downwards."""
-    # A terminal that knows how to write from right to left would mix up neighbours.
+    # A terminal that knows how to write from right to left would reorder the columns.
     if any(unicodedata.bidirectional(symbol) in ("R", "AL") for text in texts for symbol in text):
         print(*texts, sep="\n")
         return
@@ -585,28 +574,22 @@ def to_line(result, escape):
     return "\t".join([*number, escape(text)])
 
 
-def to_csv(results, columns):
-    """Yields the rows of a CSV, each a str; the names of its columns come with the first result."""
-    rows = io.StringIO()
-    writer = csv.writer(rows, lineterminator="\n")
-    writer.writerow(columns)
-    for result in results:
-        writer.writerow(result)
-        yield rows.getvalue().removesuffix("\n")
-        rows.seek(rows.truncate(0))
-    if rows.getvalue():
-        yield rows.getvalue().removesuffix("\n")
+def to_csv(values):
+    """Returns a row of a CSV, a str without its line end."""
+    row = io.StringIO()
+    csv.writer(row, lineterminator="\n").writerow(values)
+    return row.getvalue().removesuffix("\n")
 
 
-def write(path, lines):
-    """Replaces a file by one with these lines, or those that came before Ctrl-C.
+def write(path, lines, header):
+    """Replaces a file by one with a header and these lines, or those that came before Ctrl-C.
 
-    Returns how many it wrote and the KeyboardInterrupt that stopped it, or
+    Returns how many lines it wrote and the KeyboardInterrupt that stopped it, or
     None. If that came before the first line, the old file still stands.
     """
-    count = size = 0
-    stopped = None
+    count, stopped = 0, None
     with model.replacing(path) as file:
+        size = file.write(header.encode())
         try:
             for line in lines:
                 size += file.write(line.encode() + b"\n")
@@ -627,7 +610,10 @@ def converse(answer):
     """Asks for prompts on the terminal until the user leaves; `answer` takes each."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - input() edits lines once it is imported
-    tell("Type the first characters and press Enter (none: from nothing). Ctrl-D leaves.")
+    tell(
+        "Type the first characters and press Enter, or just Enter to start from nothing. "
+        "Ctrl-D leaves."
+    )
     while True:
         try:
             prompt = ask("> ")
@@ -681,13 +667,13 @@ def read_prompts():
             raise UserError("no prompt came in; pass one, such as --prompt ''")
         if len(line) == LONGEST_LINE:
             raise UserError(
-                f"prompt {number} is longer than {LONGEST_LINE:,} characters; pass one a line"
+                f"prompt {number} is longer than {LONGEST_LINE:,} characters; put one on each line"
             )
         yield line.removesuffix("\n").removesuffix("\r")
 
 
 def tell(text):
-    """Prints a line on stderr; that nobody can read it there is no reason to stop."""
+    """Prints a line on stderr; a closed stderr is no reason to stop."""
     with contextlib.suppress(OSError):
         print(model.printable(text), file=sys.stderr)
 
@@ -698,22 +684,26 @@ def tell(text):
 def run(args):
     """Does what the command line asks for and returns the exit status."""
     if args.output is not None:
+        if args.output.lower().endswith(".gz"):
+            raise UserError(f"--output: results are not compressed; omit the .gz of {args.output}")
         inputs = [("--weights_path", args.weights_path), ("--score", args.score)]
         inputs += [("standard input", "/dev/stdin")]
         inputs += [("--exclude", path) for path in args.exclude or ()]
         model.check_target("--output", args.output, inputs)
     asks = args.prompt is None and args.score is None
     if asks and any(model.is_same_file(path, "/dev/stdin") for path in args.exclude or ()):
-        raise UserError("--exclude is standard input, from which prompts come; pass --prompt too")
+        raise UserError(
+            "--exclude reads standard input, which prompts come from; pass --prompt too"
+        )
     with model.reading("--weights_path", args.weights_path, "a model's file"):
         trained, _ = model.load(args.weights_path)
-    known = set()
+    unwanted = set()
     for path in args.exclude or ():
-        known.update(read_sequences(args, "--exclude", path))
+        unwanted.update(read_sequences(args, "--exclude", path))
     to_terminal = args.output is None and sys.stdout.isatty()
     escape = model.printable if to_terminal else keep_to_one_line
     notes = []
-    find = make_finder(args, trained, known, notes.append)
+    find = make_finder(args, trained, unwanted, notes.append)
 
     def tell_notes():
         while notes:
@@ -730,7 +720,9 @@ def run(args):
         results, total = find_scores(args, trained, notes.append), None
     elif args.prompt is not None or (args.output is not None and sys.stdin.isatty()):
         try:
-            results = itertools.chain(*map(find, prompts))  # all prompts are checked here
+            results = itertools.chain(
+                *map(find, prompts)
+            )  # every prompt is checked before the first result
         except ValueError as error:
             raise UserError(f"--prompt: {error}") from None
     elif args.output is not None:
@@ -745,23 +737,21 @@ def run(args):
     if args.output is None:
         show_results(results)
         return 0
-    if is_csv(args.output):
-        columns = ["sequence"]
-        if args.most_likely is not None:
-            columns.append("probability")
-        elif args.score is not None:
-            columns.append("nats_per_character")
-        lines = to_csv(results, columns)
-    else:
-        lines = (to_line(result, escape) for result in results)
+    header = ""
+    lines = (to_line(result, escape) for result in results)
+    if args.output.lower().endswith(".csv"):
+        number = ["probability"] * bool(args.most_likely) + ["nats_per_character"] * bool(
+            args.score
+        )
+        header, lines = to_csv(["sequence", *number]) + "\n", map(to_csv, results)
     try:
         with model.writing("--output", args.output), contextlib.closing(results):
-            count, stopped = write(args.output, lines)
+            count, stopped = write(args.output, lines, header)
     except KeyboardInterrupt:
         tell("Stopped: nothing was written")
         raise
     tell_notes()
-    tell(f"{'Stopped: ' if stopped else ''}{args.output} holds {count:,} lines")
+    tell(f"{'Stopped: ' if stopped else ''}{args.output} holds {count:,} sequences")
     if stopped:
         raise stopped
     return 0
@@ -790,10 +780,10 @@ def main(arguments=None):
     except MemoryError:
         parser.error("there is not enough memory; lower --num_samples, --max_len or --most_likely")
     except BrokenPipeError:
-        # Nobody reads the rest, which the interpreter would flush at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Nobody reads the rest, which Python would try to flush on exit.
+        model.discard(sys.stdout)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        model.discard(sys.stdout)
         parser.error(f"can't write the results: {error.strerror}")
     except KeyboardInterrupt as stopped:
         model.catch_signals(signal.SIG_IGN)  # it is stopping already

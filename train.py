@@ -39,15 +39,10 @@ does a larger --epochs. Ctrl-C stops; what the last whole epoch learned is kept.
 UNITS, LAYERS, SENTINEL = 128, 2, "\n"
 # What makes two runs the same run, besides their data and network.
 SETTINGS = (
-    "dropout",
-    "recurrent_dropout",
-    "batch_size",
-    "learning_rate",
-    "validation_split",
-    "seed",
-)
+    "dropout", "recurrent_dropout", "batch_size", "learning_rate", "validation_split", "seed"
+)  # fmt: skip
 SHOWN = 8  # sequences that are invented after each epoch
-LINE = 100  # characters of a line that shows them
+LINE_WIDTH = 100  # characters of a line that shows them
 LARGEST_NETWORK = 2**30  # weights; Adam and the best epoch take four times as many numbers
 BACKENDS = ("tensorflow", "jax")
 
@@ -56,10 +51,10 @@ BACKENDS = ("tensorflow", "jax")
 
 
 def parse_arguments(arguments=None):
-    """Returns the parser and what it makes of a list of str, or None for the process's."""
+    """Returns the parser and the parsed arguments (those of the process if None)."""
     parser = CommandLine(prog="train.py", description=DESCRIPTION, epilog=EXAMPLE)
-    parser.find_flag = lambda word: (
-        f"--init_from {word} to start from a model, --save_path {word} to name the new one"
+    parser.suggest_flag = lambda word: (
+        f"--init_from {word} to start from a model, or --save_path {word} to name the new one"
         if word.endswith(".h5")
         else f"--sequence_path {word}"
     )
@@ -69,7 +64,8 @@ def parse_arguments(arguments=None):
         "--loader_class",
         choices=LOADERS,
         help="what the file is: one sequence per line; English words, the most used first; or a "
-        "CSV whose first column counts (default: UserNameLoader for a .csv, else SequenceLoader)",
+        "CSV, of which the first column is read (default: UserNameLoader for a .csv, else "
+        "SequenceLoader)",
     )
     data.add_argument(
         "--sequence_path", "--sequences_path", default="sequences.txt", help="the file"
@@ -81,7 +77,7 @@ def parse_arguments(arguments=None):
         "--max_len",
         type=within(int, 1, model.LIMITS["max_len"]),
         help="cut sequences to this many characters (default: the longest one's, "
-        f"at most {model.LONGEST})",
+        f"at most {model.DEFAULT_MAX_LEN})",
     )
     data.add_argument(
         "--sentinel",
@@ -93,8 +89,7 @@ def parse_arguments(arguments=None):
         "--validation_split",
         type=within(float, 0, 0.9),
         default=0.1,
-        help="share of the distinct sequences that is not learned but used to choose the best "
-        "epoch; 0 for none",
+        help="share of the distinct sequences held out to choose the best epoch; 0 for none",
     )
 
     network = parser.add_argument_group("network")
@@ -118,7 +113,7 @@ def parse_arguments(arguments=None):
         "--recurrent_dropout",
         type=within(float, 0, 0.9),
         default=0.0,
-        help="share of each layer's outputs that it does not itself read back while training",
+        help="share of each layer's outputs hidden from its own next step while training",
     )
 
     training = parser.add_argument_group("training")
@@ -126,12 +121,14 @@ def parse_arguments(arguments=None):
         "--batch_size", type=within(int, 1, 2**20), default=32, help="sequences per step"
     )
     epochs = within(int, 1, 50_000)  # more losses would make the metadata too long
-    training.add_argument("--epochs", type=epochs, default=15, help="passes over the data, in all")
+    training.add_argument(
+        "--epochs", type=epochs, default=15, help="passes over the data, in total"
+    )
     training.add_argument(
         "--learning_rate",
         type=within(float, 1e-9, 10),
         default=0.01,
-        help="Adam's at the start; it falls to 0 over all epochs along a cosine",
+        help="Adam's initial rate; it falls to 0 along a cosine over all epochs",
     )
     training.add_argument(
         "--patience",
@@ -149,14 +146,16 @@ def parse_arguments(arguments=None):
     )
 
     files = parser.add_argument_group("files")
-    files.add_argument("--save_path", default="incognito_model.h5", help="where the model is kept")
+    files.add_argument(
+        "--save_path", default="incognito_model.h5", help="the file to save the model in"
+    )
     files.add_argument(
         "--init_from",
-        help="a model to start from instead of from nothing; characters that it does not know "
+        help="a model to start from instead of from scratch; characters that it does not know "
         "are added (default: none)",
     )
     files.add_argument(
-        "--log_dir", help="a folder for losses.csv and what TensorBoard shows (default: none)"
+        "--log_dir", help="a folder for losses.csv and TensorBoard logs (default: none)"
     )
     files.add_argument(
         "--overwrite", action="store_true", help="start over if the file exists already"
@@ -205,7 +204,7 @@ class Data(typing.NamedTuple):
 
 
 def read_source(args):
-    """Reads the `SequenceModel` at `--init_from` and fills in the flags that it decides."""
+    """Returns the `SequenceModel` at `--init_from`, and fills in the flags that depend on it."""
     source, defaults = None, {"units": UNITS, "layers": LAYERS, "sentinel": SENTINEL}
     if args.init_from is not None:
         with model.reading("--init_from", args.init_from, "a model's file"):
@@ -214,11 +213,11 @@ def read_source(args):
         for name in ("units", "layers"):
             if getattr(args, name) not in (None, defaults[name]):
                 raise UserError(
-                    f"--{name}: {args.init_from} has {defaults[name]}; omit the flag to keep them"
+                    f"--{name}: {args.init_from} has {defaults[name]}; omit the flag to keep that"
                 )
         if args.sentinel is not None and args.sentinel in source.alphabet.symbols[1:]:
             raise UserError(
-                f"--sentinel: to {args.init_from} {args.sentinel!r} is a character like others; "
+                f"--sentinel: {args.init_from} already uses {args.sentinel!r} as a character; "
                 f"omit the flag to keep its sentinel, {defaults['sentinel']!r}"
             )
     for name in ("units", "layers", "sentinel"):
@@ -248,14 +247,14 @@ def read_data(args, source):
     data = Data(corpus, *split(corpus, args.validation_split), loader)
     if args.patience and not len(data.held_out):
         raise UserError(
-            f"--patience: {args.validation_split} of {len(corpus):,} sequences is none to validate "
-            "with; omit --patience or raise --validation_split"
+            f"--patience: {args.validation_split} of {len(corpus):,} sequences leaves none to "
+            "validate with; omit --patience or raise --validation_split"
         )
     return data
 
 
 def explain_clash(args, lines, used):
-    """Returns what is wrong, a str, where sequences contain the sentinel.
+    """Returns the message for sequences that contain the sentinel, a str.
 
     `lines` is a list of their lines in the file, `used` the set of all
     characters there.
@@ -267,7 +266,7 @@ def explain_clash(args, lines, used):
     )
     return (
         f"{args.sequence_path}, line {lines[0]}: the sequence contains the sentinel "
-        f"{args.sentinel!r} ({len(lines)} in all do); pass a character that none contains, "
+        f"{args.sentinel!r} ({len(lines):,} sequences do); pass a character that none contains, "
         f"such as --sentinel {shlex.quote(free)}"
     )
 
@@ -366,12 +365,12 @@ def read_earlier_run(args, metadata, validated):
     """
     path = args.save_path
     ways_out = "pass --overwrite to start over, or another --save_path"
-    try:
-        with model.reading("--save_path", path, "another file"):
+    with model.reading("--save_path", path, f"another file, or {ways_out}"):
+        try:
             best, found = model.load(path)
             state = model.load_training_state(path)
-    except UserError as error:
-        raise UserError(f"{error}; {ways_out}") from None
+        except ValueError as error:
+            raise ValueError(f"{error}; {ways_out}") from None
     difference = find_difference(found, metadata)
     if difference:
         if difference.startswith("other data"):
@@ -380,7 +379,7 @@ def read_earlier_run(args, metadata, validated):
     history = found.get("history")
     if not (state and is_history(history, validated)):
         raise UserError(
-            f"--save_path: {path} holds a finished model without what continuing needs; {ways_out}"
+            f"--save_path: {path} holds a model without the state needed to continue; {ways_out}"
         )
     if found["format"] < model.FORMAT and not is_finished(args, history):
         raise UserError(
@@ -391,7 +390,7 @@ def read_earlier_run(args, metadata, validated):
 
 
 def find_difference(found, metadata):
-    """Returns with what, a str, another run was trained, or None if it is the same run.
+    """Returns what another run was trained with that differs, a str, or None for the same run.
 
     What counts is what the flags mean, not how they were typed. Both are
     metadata, the other run's as `model.load` returns it.
@@ -466,15 +465,15 @@ def plan_stacks(args, corpus, count, compiled):
         args: the command line.
         corpus: `model.Corpus`.
         count: int, how many of its sequences an epoch has.
-        compiled: bool, whether each length takes seconds to compile; then
-            there is one more for some seconds of work.
+        compiled: bool, whether each length costs seconds to compile; then
+            one is added only per several seconds of work.
     """
     batch_size = min(args.batch_size, count)
     batches = math.ceil(count / batch_size)
     longest = int(corpus.lengths.max())
-    weights = 4 * args.units * (len(corpus.alphabet) + (2 * args.layers - 1) * args.units)
-    # A multiplication and an addition per weight and step, and twice that in the backward pass.
-    operations = 6 * weights * batch_size * longest
+    parameters = 4 * args.units * (len(corpus.alphabet) + (2 * args.layers - 1) * args.units)
+    # A multiplication and an addition per parameter and step; twice that in the backward pass.
+    operations = 6 * parameters * batch_size * longest
     depth = max(1, min(64, batches, 2 * 10**11 // operations))
     parts = max(1, min(4, batch_size // 64))
     if not compiled:
@@ -482,7 +481,8 @@ def plan_stacks(args, corpus, count, compiled):
     choices = 1 + min(7, args.epochs * batches * operations // 10**12)
     if choices == 1:
         return Plan(batch_size, depth, 1, np.array([longest]))
-    # About as long as the first part of a batch becomes, or half of all whole batches.
+    # The shortest: the first part has the 1 / parts shortest sequences of a batch; without
+    # parts, half of the batches have no longer sequence, since share ** batch_size is 1 / 2.
     share = 1 / parts if parts > 1 else 0.5 ** (1 / batch_size)
     lengths = np.geomspace(longest, np.quantile(corpus.lengths, share), choices)
     return Plan(batch_size, depth, parts, np.unique(np.ceil(lengths - 1e-6).astype(int)))
@@ -491,10 +491,10 @@ def plan_stacks(args, corpus, count, compiled):
 def make_stacks(corpus, chosen, plan, seed=None, devices=1):
     """Cuts sequences into batches and stacks those of like length.
 
-    Which sequences make a batch is random, so that each is a fair sample;
-    padding is kept low by what leaves it one: batches whose longest sequences
-    are about equally long share a stack, and a large batch comes in several
-    parts, the shortest sequences in the first, each as long as it needs to be.
+    Padding is kept low without making the batches less random: those whose
+    longest sequences are about equally long share a stack, and a large batch
+    comes in several parts, the shortest sequences in the first, each as long
+    as it needs to be.
 
     Args:
         corpus: `model.Corpus`.
@@ -539,7 +539,7 @@ def make_stacks(corpus, chosen, plan, seed=None, devices=1):
     for batches in stacks:
         stack = []
         for part in np.array_split(np.arange(batch_size), parts):
-            # All parts are compiled together, so that each of several has one length.
+            # Parts are compiled together: one length each, or all combinations would be compiled.
             longest = (lengths if parts > 1 else lengths[batches])[:, part].max()
             padded_length = padded_lengths[np.searchsorted(padded_lengths, longest)]
             shape = math.ceil(len(part) / devices) * devices, depth, padded_length
@@ -549,7 +549,7 @@ def make_stacks(corpus, chosen, plan, seed=None, devices=1):
 
 
 def pad(array, shape):
-    """Returns a copy of an array in the corner of one of zeros, of that shape."""
+    """Returns a copy of an array, padded with zeros to that shape."""
     padded = np.zeros(shape, array.dtype)
     padded[tuple(map(slice, array.shape))] = array
     return padded
@@ -562,7 +562,7 @@ def check_backend(name):
     """Raises a `UserError` if the backend of Keras with that name, a str, can't be used."""
     if name not in BACKENDS:
         raise UserError(
-            f"KERAS_BACKEND: {name!r} can't train here; set it to {' or '.join(BACKENDS)}"
+            f"KERAS_BACKEND: {name!r} is not supported; set it to {' or '.join(BACKENDS)}"
         )
     if importlib.util.find_spec(name) is None:
         raise UserError(f"KERAS_BACKEND: {name} is not installed: pip install {name}")
@@ -602,8 +602,8 @@ def import_keras():
         # It compiles in two thirds of the time, to programs that are as fast.
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
     keep_memory()
-    # What an import leaves is there to stay: to search it for garbage, again and again
-    # and once more at the exit, takes a third of the time.
+    # Imported objects live to the end; letting the garbage collector scan them again and
+    # again takes a third of the import's time.
     gc.disable()
     try:
         with quiet():
@@ -614,8 +614,8 @@ def import_keras():
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"Keras can't start: {reason}; install anew with pip install -r requirements.txt, or "
-            "see what ~/.keras/keras.json and KERAS_BACKEND name as its backend"
+            f"Keras can't start: {reason}; reinstall with pip install -r requirements.txt, or "
+            "check which backend ~/.keras/keras.json and KERAS_BACKEND name"
         ) from None
     gc.freeze()
     gc.enable()
@@ -641,9 +641,7 @@ def make_tensorflow_network(layers, scale, xla):
     nats = keras.metrics.Mean("loss")
 
     class Network(keras.Sequential):
-        @property
-        def metrics(self):
-            return [nats]
+        metrics = property(lambda self: [nats])
 
         @tf.function(jit_compile=xla, reduce_retracing=True, autograph=False)
         def train_step(self, stack):
@@ -664,79 +662,77 @@ def make_tensorflow_network(layers, scale, xla):
             return sum(model.total_loss(self, *part, training) for part in batch)
 
         def sum_losses(self, stack, of_batch):
-            def add_next(step, total):
-                batch = tf.nest.map_structure(lambda array: array[:, step], stack)
-                return step + 1, total + of_batch(batch)
+            def add_next(index, total):
+                batch = tf.nest.map_structure(lambda array: array[:, index], stack)
+                return index + 1, total + of_batch(batch)
 
-            batches, steps = count(stack)
-            total = tf.while_loop(lambda step, _: step < batches, add_next, (0, 0.0))[1]
-            nats.update_state(total / steps, steps)
+            batches, targets = count_targets(stack)
+            total = tf.while_loop(lambda index, _: index < batches, add_next, (0, 0.0))[1]
+            nats.update_state(total / targets, targets)
             return {"loss": nats.result()}
 
     return Network(layers)
 
 
 def make_jax_network(layers, scale):
-    """Does on JAX, which always uses XLA, what `make_tensorflow_network` does."""
+    """Makes the same as `make_tensorflow_network` on JAX, which always uses XLA."""
     import jax
     import keras
 
     nats = keras.metrics.Mean("loss")
 
     class Network(keras.Sequential):
-        @property
-        def metrics(self):
-            return [nats]
+        metrics = property(lambda self: [nats])
 
         def train_step(self, state, stack):
             gradient = jax.grad(self.batch_loss, has_aux=True)
 
-            def learn_next(step, carry):
+            def learn_next(index, carry):
                 trainable, others, slots, total = carry
-                gradients, (loss, others) = gradient(trainable, others, stack, step, True)
+                gradients, (loss, others) = gradient(trainable, others, stack, index, True)
                 trainable, slots = self.optimizer.stateless_apply(slots, gradients, trainable)
                 return trainable, others, slots, total + loss
 
             *state, metrics = state
-            batches, steps = count(stack)
+            batches, targets = count_targets(stack)
             *state, total = jax.lax.fori_loop(0, batches, learn_next, (*state, 0.0))
-            logs, metrics = self.report(metrics, total, steps)
+            logs, metrics = self.report(metrics, total, targets)
             return logs, (*state, metrics)
 
         def test_step(self, state, stack):
             trainable, others, metrics = state
 
-            def add_next(step, total):
-                return total + self.batch_loss(trainable, others, stack, step, False)[1][0]
+            def add_next(index, total):
+                return total + self.batch_loss(trainable, others, stack, index, False)[1][0]
 
-            batches, steps = count(stack)
+            batches, targets = count_targets(stack)
             total = jax.lax.fori_loop(0, batches, add_next, 0.0)
-            logs, metrics = self.report(metrics, total, steps)
+            logs, metrics = self.report(metrics, total, targets)
             return logs, (trainable, others, metrics)
 
-        def batch_loss(self, trainable, others, stack, step, training):
+        def batch_loss(self, trainable, others, stack, index, training):
             variables = self.trainable_variables + self.non_trainable_variables
             with keras.StatelessScope(zip(variables, [*trainable, *others])) as scope:
                 loss = sum(
-                    model.total_loss(self, rows[:, step], lengths[:, step], training)
+                    model.total_loss(self, rows[:, index], lengths[:, index], training)
                     for rows, lengths in stack
                 )
                 others = [scope.get_current_value(each) for each in self.non_trainable_variables]
             return loss * scale, (loss, others)
 
-        def report(self, metrics, total, steps):
-            metrics = nats.stateless_update_state(metrics, total / steps, steps)
+        def report(self, metrics, total, targets):
+            metrics = nats.stateless_update_state(metrics, total / targets, targets)
             return {"loss": nats.stateless_result(metrics)}, metrics
 
     return Network(layers)
 
 
-def count(stack):
-    """Returns how many batches of a stack are real, an int tensor, and their steps, float32."""
+def count_targets(stack):
+    """Returns how many batches of a stack are real, an int tensor, and its targets, float32."""
     from keras import ops
 
-    steps = sum(ops.sum(lengths, axis=0) for _, lengths in stack)
-    return ops.sum(ops.cast(steps > 0, "int32")), ops.cast(ops.sum(steps), "float32")
+    targets = sum(ops.sum(lengths, axis=0) for _, lengths in stack)
+    return ops.sum(ops.cast(targets > 0, "int32")), ops.cast(ops.sum(targets), "float32")
 
 
 def learns_by_hand(args):
@@ -793,8 +789,7 @@ def initial_weights(weights, data, source):
     They are random ones, `weights`, that know how frequent each character of
     the training data is, or what the `SequenceModel` `source` knows.
     """
-    # A good place to learn from, and what never is a target (the end, if all sequences were
-    # cut) stays unlikely.
+    # A better start than zeros; what is never a target (the end, if all were cut) stays rare.
     counts = count_characters(data.corpus, data.training)
     weights[-1] = np.log((counts + 0.5) / counts.sum())
     return extend_weights(weights, data.corpus.alphabet, source) if source else weights
@@ -804,7 +799,8 @@ def extend_weights(weights, alphabet, source):
     """Gives a model's weights room for an alphabet that holds more than its own.
 
     Characters that the model knows keep their odds among each other after
-    any beginning, since a softmax only shares out anew what a new one takes.
+    any beginning, since a softmax keeps the ratios of the others when one is
+    added.
 
     Args:
         weights: list of float32 arrays, as `get_weights()` gives them, of a
@@ -816,15 +812,15 @@ def extend_weights(weights, alphabet, source):
     Returns:
         List of float32 arrays, of the shapes of `weights`.
     """
-    known = np.array([0, *alphabet.encode(source.alphabet.symbols[1:])])
+    kept = np.array([0, *alphabet.encode(source.alphabet.symbols[1:])])
     old, *lstm, dense, bias = source.weights
     kernel = weights[0].copy()
-    kernel[known] = old
+    kernel[kept] = old
     extended = np.zeros_like(weights[-2])
-    extended[:, known] = dense
+    extended[:, kept] = dense
     highest = bias.max().astype(np.float64)
     offsets = weights[-1] + highest + np.log(np.exp(bias - highest).sum())
-    offsets[known] = bias
+    offsets[kept] = bias
     return [kernel, *lstm, extended, offsets.astype(np.float32)]
 
 
@@ -846,9 +842,9 @@ def join_group(args, metadata):
 
     try:
         if os.environ.get("KERAS_DISTRIBUTION_JOB_ADDRESSES"):
-            # Past Python, Gloo would tell on stdout whom it meets.
+            # Gloo writes its peers' names straight to file descriptor 1.
             sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, errors="backslashreplace")
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            model.discard(sys.__stdout__)
             keras.distribution.initialize()
         data_parallel = keras.distribution.DataParallel(auto_shard_dataset=False)
         keras.distribution.set_distribution(data_parallel)
@@ -858,12 +854,13 @@ def join_group(args, metadata):
             f"--distribute: {reason}; check the KERAS_DISTRIBUTION_… variables on every host"
         ) from None
     model.catch_signals()  # JAX has taken SIGTERM
-    plan = hash_bytes(json.dumps([metadata, args.epochs, args.patience]).encode())
+    digest = hash_bytes(json.dumps([metadata, args.patience]).encode())
     try:
-        multihost_utils.assert_equal(np.frombuffer(plan.encode(), np.uint8))
+        multihost_utils.assert_equal(np.frombuffer(digest.encode(), np.uint8))
     except AssertionError:
         raise UserError(
-            "--distribute: the processes differ in their flags or data; start all of them alike"
+            "--distribute: the processes differ in their flags or data; start them all with the "
+            "same command"
         ) from None
     if jax.process_index() > 0:
         print(f"Process {jax.process_index()} of {jax.process_count()}; process 0 prints the rest")
@@ -872,7 +869,7 @@ def join_group(args, metadata):
 
 
 def broadcast_history(history):
-    """Returns the history that process 0 of a group has, in all of them."""
+    """Returns process 0's history in every process of a group."""
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
     text = np.frombuffer(json.dumps(history).encode(), np.uint8)
@@ -892,8 +889,8 @@ def set_variables(args, variables, state):
 
     if state and list(map(kind, state)) != list(map(kind, variables)):
         raise UserError(
-            f"--save_path: {args.save_path} was trained with a version of Keras that this "
-            "one can't continue; pass --overwrite to start over, or another --save_path"
+            f"--save_path: {args.save_path} was trained with a version of Keras whose "
+            "runs this one can't continue; pass --overwrite to start over, or another --save_path"
         )
     if not (state or args.distribute):
         return
@@ -981,7 +978,7 @@ def make_callbacks(args, data, metadata, best, leads):
                     os.remove(old)
         callbacks.append(CSVLogger(os.path.join(args.log_dir, "losses.csv"), append=continues))
         callbacks.append(TensorBoard(args.log_dir, write_graph=False))
-    # The bar ends before more is told.
+    # The bar must end before anything else is printed.
     return [*callbacks, ProgbarLogger(), make_teller(args, data)]
 
 
@@ -1008,6 +1005,7 @@ def make_saver(args, metadata, best, leads):
                     f"{explain_kept(args, history)}; try a --learning_rate below "
                     f"{args.learning_rate}, in another --save_path or with --overwrite"
                 )
+            # Until it is saved, `history` must not claim this epoch.
             added = {name: [*history[name], loss] for name, loss in logs.items()}
             grown = {**history, **added}
             if epochs_since_best(grown) == 0:
@@ -1031,7 +1029,7 @@ def make_teller(args, data):
             self.start = time.perf_counter()
 
         def on_train_batch_end(self, batch, logs):
-            self.seconds = time.perf_counter() - self.start
+            self.seconds = time.perf_counter() - self.start  # without validation and saving
 
         def on_epoch_end(self, epoch, logs):
             if not sys.stdout.isatty():  # on a terminal, Keras's bar has shown this
@@ -1046,20 +1044,20 @@ def make_teller(args, data):
 
 
 def show_invented(trained, data, seed):
-    """Prints sequences that a `SequenceModel` invents, by where they occur in the data."""
+    """Prints sequences that a `SequenceModel` invents, grouped by where they occur in the data."""
     groups = {"new": [], "held out": [], "learned": []}
-    for text in trained.sample(count=SHOWN, max_len=min(trained.max_len, LINE), seed=seed):
-        groups[find_place(data, text)].append(model.printable(text)[:LINE])
+    for text in trained.sample(count=SHOWN, seed=seed):
+        groups[find_place(data, text)].append(model.printable(text)[:LINE_WIDTH])
     for name, texts in groups.items():
         if texts:
-            fit_a_line = sum(map(len, texts)) + 2 * len(texts) <= LINE
+            fit_a_line = sum(map(len, texts)) + 2 * len(texts) <= LINE_WIDTH
             print(f"invented, {name}: " + ("  " if fit_a_line else "\n  ").join(texts))
 
 
 def find_place(data, text):
     """Returns where in `Data` a text occurs, a str: "learned", "held out" or, if not, "new"."""
     row = np.zeros_like(data.corpus.rows[:1])
-    with contextlib.suppress(ValueError):  # the text is longer, or composed of other characters
+    with contextlib.suppress(ValueError):  # the text is longer, or has other characters
         row[0, : len(text)] = data.corpus.alphabet.encode(text)
     places = np.flatnonzero(as_bytes(data.corpus.rows) == as_bytes(row))
     if not len(places):
@@ -1087,20 +1085,19 @@ def run(args):
     check_size(args, data.corpus.alphabet)
     args.batch_size = min(args.batch_size, len(data.training))
     metadata = describe(args, data, source)
-    best = state = None
-    # Of a group, process 0 alone has the file.
+    history, best, state, group = metadata["history"], None, None, (0, 1)
+    # In a group only process 0 reads and writes the file.
     leads = not args.distribute or os.environ.get("KERAS_DISTRIBUTION_PROCESS_ID", "0") == "0"
     if leads and not args.overwrite and os.path.exists(args.save_path):
-        earlier = read_earlier_run(args, metadata, len(data.held_out) > 0)
-        metadata["history"], best, state = earlier
-    group = join_group(args, metadata) if args.distribute else (0, 1)
+        history, best, state = read_earlier_run(args, metadata, len(data.held_out) > 0)
     if args.distribute:
-        metadata["history"] = broadcast_history(metadata["history"])
+        group = join_group(args, metadata)  # which compares the metadata, so without a history
+        history = broadcast_history(history)
+    metadata["history"] = history
     tell_what_was_read(args, data, source)
-    history = metadata["history"]
     done = len(history["loss"])
     if is_finished(args, history):
-        say(f"{args.save_path} is finished: it has learned for {done} epochs")
+        say(f"The run in {args.save_path} is finished, after {done} epochs")
     else:
         if done:
             say(f"Continuing {args.save_path} after epoch {done}")
@@ -1147,38 +1144,37 @@ def tell_what_was_read(args, data, source):
         f"an alphabet of {len(corpus.alphabet) - 1:,}, from {args.sequence_path}"
     )
     if len(corpus) == 1 and args.num_sequences != 1:
-        say("There is only one: is it one sequence per line?")
+        say("Only one sequence was found; is there one per line?")
     if source:
         added = len(corpus.alphabet) - len(source.alphabet)
         say(f"Starting from {args.init_from}, which gains {added:,} characters")
     if corpus.dropped:
         whole = corpus.dropped + np.count_nonzero(corpus.rows)
         print(
-            f"Cut to {corpus.max_len} characters, because they were longer: "
-            f"{np.count_nonzero(~corpus.complete):,} (--max_len). Of {whole:,} characters "
-            f"{corpus.dropped:,} are not learned"
+            f"Cut {np.count_nonzero(~corpus.complete):,} sequences to {corpus.max_len} characters "
+            f"(--max_len): {corpus.dropped:,} of {whole:,} characters are not learned"
         )
     held_out = len(data.held_out)
     why = ""
     if args.validation_split and not held_out:
-        why = f": {args.validation_split} of so few is none (--validation_split)"
-    print(f"Learning from {len(data.training):,}, holding out {held_out:,} to validate{why}")
+        why = f": {args.validation_split} of so few rounds to none (--validation_split)"
+    count = len(data.training)
+    print(f"Learning from {count:,} sequences, holding out {held_out:,} for validation{why}")
 
 
 def tell_what_was_learned(args, data, history):
     """Prints what the file holds, and how to go on."""
     epoch = len(history["loss"]) - epochs_since_best(history)
     loss = (history["val_loss"] or history["loss"])[epoch - 1]
-    perplexity = math.exp(loss) if loss < 700 else math.inf
     kind = "validation loss" if history["val_loss"] else "loss"
     say(
         f"{args.save_path} holds epoch {epoch}: {kind} {loss:.4f} nats per character, "
-        f"perplexity {perplexity:.4g}"
+        f"perplexity {model.perplexity(loss):.4g}"
     )
     guess = loss_of_frequencies(data)
     if loss > guess:
         print(
-            f"That is worse than {guess:.4f}, which the frequencies of the characters alone give; "
+            f"That is worse than {guess:.4f}, what character frequencies alone would give; "
             "try a lower --learning_rate, more --epochs or more sequences"
         )
     say(f"Sample from it: python sample.py --weights_path {shlex.quote(args.save_path)}")
@@ -1216,8 +1212,8 @@ def main(arguments=None):
     except UserError as error:
         parser.error(str(error))
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        what = error.filename or "what happens"
+        model.discard(sys.stdout)
+        what = error.filename or "the output"
         parser.error(f"can't write {what}: {error.strerror}; epochs that ended are kept")
     except KeyboardInterrupt as stop:
         model.catch_signals(signal.SIG_IGN)  # it is stopping already

@@ -83,7 +83,7 @@ def test_a_large_file_is_streamed(write, loader):
         (b"\xe9f", "byte 0xe9 is not UTF-8 text.*iconv -f LATIN1 -t UTF-8 .*CSV UTF-8"),
         (b"\xed\xa0\x80", "byte 0xed is not"),
         (b"a\0b", "byte 0x00 is not"),
-        (b"a" * LONGEST_LINE, "longer than"),
+        (b"a" * LONGEST_LINE, "at least 1,048,576 characters long"),
     ],
 )
 def test_what_is_no_text_is_named_by_line(write, loader, line, message):
@@ -98,7 +98,7 @@ def test_what_is_no_text_is_named_by_line(write, loader, line, message):
     [
         (b"PK\x03\x04\x14\0\x06\0", "line 1: byte 0x00 is not UTF-8 text"),
         (b"\x89HDF\r\n\x1a\n", "line 1: byte 0x89 is not UTF-8 text"),
-        ("ab\ncd".encode("utf-16")[:-1], "line 2: byte 0x64 is not UTF-8 text"),
+        ("ab\ncd".encode("utf-16")[:-1], "is not UTF-16 text: .* byte 0x64 "),
         (gzip.compress(b"abc\n" * 9)[:-9], "is damaged gzip: "),
         (b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + b"a" * 99, "is damaged gzip: "),
     ],
@@ -121,7 +121,7 @@ def test_a_file_without_a_sequence_is_an_error(write, loader):
     blank = ["", "\n\n", "\ufeff\r\n \n"]
     headers = ["name,packages\n", "name,packages\n,3\n\n"] if loader is UserNameLoader else []
     for content in blank + headers:
-        with pytest.raises(ValueError, match=r"data\.txt holds no"):
+        with pytest.raises(ValueError, match=r"data\.txt (holds|has) no"):
             list(loader(write(content)))
 
 

@@ -82,7 +82,9 @@ def test_what_would_take_too_much_memory_is_refused(monkeypatch):
     assert len(model.build_corpus(["abcba"] * 2)) == 2
     with pytest.raises(ValueError, match="2 sequences of up to 6 characters take more"):
         model.build_corpus(["abcabc"] * 2)
-    with pytest.raises(ValueError, match="4 different characters are more than a model can have"):
+    with pytest.raises(
+        ValueError, match="4 different characters are more than the 3 that a model can have"
+    ):
         model.build_corpus(["abcd"])
 
 
@@ -312,7 +314,7 @@ def test_a_larger_max_len_goes_on_with_the_sequences_of_a_smaller_one():
 def test_a_seed_gives_the_same_sequences_whatever_the_batch_size(monkeypatch, batch):
     trained, _ = model.load(SHIPPED[1])
     expected = list(trained.sample("S", 130, seed=2))
-    monkeypatch.setattr(model, "BATCH", batch)
+    monkeypatch.setattr(model, "LARGEST_BATCH", batch)
     assert list(trained.sample("S", 130, seed=2)) == expected
 
 
@@ -340,7 +342,7 @@ def test_a_shape_that_can_not_be_is_an_error_at_once(shape):
 def test_a_prompt_longer_than_max_len_is_an_error():
     invented = random_model("\nab", max_len=3)
     assert list(invented.sample("aba", 2)) == ["aba", "aba"]
-    with pytest.raises(ValueError, match="4 characters are more than"):
+    with pytest.raises(ValueError, match="it has 4 characters, but max_len is 3"):
         invented.sample("abab")
 
 
@@ -498,7 +500,7 @@ def test_a_truncated_file_is_refused(copy, share):
 
 
 @pytest.mark.parametrize(
-    ("count", "message"), [(60, "claim more bytes than it has"), (65, "more of a training state")]
+    ("count", "message"), [(60, "claim more bytes than it has"), (65, "larger training state than")]
 )
 def test_arrays_that_share_their_bytes_are_refused(copy, count, message):
     with h5py.File(copy, "r+") as file:

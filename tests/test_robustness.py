@@ -89,7 +89,7 @@ def test_a_signal_keeps_what_was_invented_and_one_that_is_ignored_changes_nothin
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert re.fullmatch(r"Stopped: new\.txt holds [\d,]+ lines\n", err)
+    assert re.fullmatch(r"Stopped: new\.txt holds [\d,]+ sequences\n", err)
     assert os.listdir(tmp_path) == ["new.txt"]
 
 
@@ -253,7 +253,7 @@ def test_too_many_different_characters_are_no_text(tmp_path):
     process = run("train.py", cwd=tmp_path)
     assert_one_line_error(process, "train.py")
     assert re.search(
-        r"1,11\d,\d{3} different characters are more than a model can have", process.stderr
+        r"1,11\d,\d{3} different characters are more than the 262,143 that", process.stderr
     )
 
 
@@ -291,7 +291,7 @@ def test_a_file_that_contradicts_itself_is_not_continued(folder):
         (lambda: say(max_len=5), "was trained with --max_len 5, not 8"),
         (say_fewer_layers, "was trained with --layers 1, not 2"),
         (lambda: say(history={"loss": [2.0], "val_loss": []}), "without what continuing needs"),
-        (repeat_state, "it holds more of a training state than 2 layers have"),
+        (repeat_state, "it holds larger training state than than 2 layers have"),
         (lambda: convert_state("float"), another),
         (lambda: convert_state("int"), another),
     ):

@@ -92,8 +92,8 @@ def test_prompts_that_can_not_be_answered_are_named_and_the_others_answered():
     reasons = {
         2: "the model never saw 'Ï'",
         4: "the model never saw ' '",
-        5: "99 characters are more than",
-        6: "the model never saw the byte 0xff, which is not UTF-8, within",
+        5: "it has 99 characters, but max_len is 15",
+        6: "the model never saw the non-UTF-8 byte 0xff within",
     }
     errors = process.stderr.decode().splitlines()
     for (number, reason), error in zip(reasons.items(), errors, strict=True):
@@ -158,7 +158,7 @@ def test_temperature_and_max_len_are_obeyed():
         ("--weights_path .", "can't read .: Is a directory"),
         ("--weights_path text.h5", "text.h5 is not a model"),
         ("--prompt A", "--prompt: the model never saw 'A'"),
-        (f"--prompt {'a' * 99}", "--prompt: 99 characters are more"),
+        (f"--prompt {'a' * 99}", "--prompt: it has 99 characters"),
         ("--num_samples 0", "--num_samples: not from 1 to"),
         ("--temperature nan", "--temperature: not from 0 to"),
         ("--max_len 0", "--max_len: not from 1 to"),
@@ -176,10 +176,10 @@ def test_temperature_and_max_len_are_obeyed():
         ("--score latin.txt", "--score: latin.txt, line 1: byte 0xe9 is not UTF-8"),
         ("--exclude none.csv", "--exclude: can't read none.csv: No such"),
         ("--output text.h5/x --prompt ''", "--output: can't write text.h5/x: Not a directory"),
-        ("--output /dev/stdout", "--output: '/dev/stdout' is not a regular file; name"),
-        ("--weights_path text.h5 --output text.h5", "text.h5 is the file of --weights_path; name"),
-        ("--exclude text.h5 --output text.h5", "--output: text.h5 is the file of --exclude; name"),
-        ("--score text.h5 --output ./text.h5", "--output: ./text.h5 is the file of --score; name"),
+        ("--output /dev/stdout", "--output: '/dev/stdout' is not a regular file; pass"),
+        ("--weights_path text.h5 --output text.h5", "text.h5 is the file of --weights_path; pass"),
+        ("--exclude text.h5 --output text.h5", "--output: text.h5 is the file of --exclude; pass"),
+        ("--score text.h5 --output ./text.h5", "--output: ./text.h5 is the file of --score; pass"),
     ],
 )
 def test_a_mistake_gets_one_line(tmp_path, arguments, message):
@@ -294,7 +294,7 @@ def test_a_model_that_knows_three_words_ends_by_itself(tmp_path):
         process = run("sample.py", *shlex.split(flags), *more, cwd=tmp_path)
         assert process.returncode == 0
         assert sorted(process.stdout.split()) == ["alpha", "beta", "gamma"][:found]
-        nothing_left = f"the model has nothing new left to give: {found} found, not 1,000"
+        nothing_left = f"the model has nothing new left: found {found} of 1,000"
         assert process.stderr.startswith(f"sample.py: {nothing_left}")
         assert process.stderr.count("\n") == 1
 
@@ -445,10 +445,10 @@ def test_what_the_model_can_not_know_is_counted_and_left_out_of_the_mean(tmp_pat
     the, *others = known.stdout.splitlines()
     assert both.stdout.splitlines() == [the, "inf\tÏx, y", *others, "inf\ta b"]
     assert "the mean over 2 sequences with 8 characters and ends" in known.stderr
-    more = "sample.py: 2 more hold characters that the model can't know\n"
+    more = "sample.py: 2 more hold characters that the model does not know\n"
     assert both.stderr == known.stderr + more
     assert none.stdout == "inf\tTHE\n"
-    all_of_them = "1 sequences, all of them, hold characters that the model can't know"
+    all_of_them = "all 1 sequences hold characters that the model does not know"
     assert none.stderr == f"sample.py: {all_of_them}\n"
 
 
@@ -466,7 +466,7 @@ def test_an_output_holds_what_stdout_would_have(tmp_path, arguments):
     assert process.stdout == ""
     count = expected.stdout.count("\n")
     assert count == {"--most_likely": 18, "--score": 3, "--seed": 200}[arguments[2]]
-    assert process.stderr == f"{expected.stderr}{results} holds {count} lines\n"
+    assert process.stderr == f"{expected.stderr}{results} holds {count} sequences\n"
     assert (tmp_path / results).read_text() == expected.stdout
     assert os.listdir(tmp_path / "new/folder") == ["results.txt"]
 
@@ -504,7 +504,7 @@ def test_an_output_that_can_not_be_written_leaves_the_old_one(tmp_path):
     assert error.endswith("; nothing was written\n")
     with open(tmp_path / "words.txt") as file:
         error = fail(stdin=file)
-    assert "words.txt is the file of standard input; name another one" in error
+    assert "words.txt is the file of standard input; pass another one" in error
 
 
 def test_ctrl_c_keeps_what_was_invented_until_then(tmp_path):
@@ -515,13 +515,13 @@ def test_ctrl_c_keeps_what_was_invented_until_then(tmp_path):
         shown, status = finish(child)
     assert status == 130
     assert "Traceback" not in shown
-    (count,) = re.findall(r"Stopped: words.txt holds ([\d,]+) lines", shown)
+    (count,) = re.findall(r"Stopped: words.txt holds ([\d,]+) sequences", shown)
     count = int(count.replace(",", ""))
     lines = (tmp_path / "words.txt").read_text().split("\n")
     assert lines.pop() == ""
     assert len(lines) == count > 0
     # In whole batches, as the first run did, so that they are rounded alike.
-    whole = math.ceil(count / model.BATCH) * model.BATCH
+    whole = math.ceil(count / model.LARGEST_BATCH) * model.LARGEST_BATCH
     assert lines_of("--prompt", "", "--num_samples", whole, "--seed", 1)[:count] == lines
 
 
