@@ -1,7 +1,8 @@
 """Invents sequences with a model that train.py saved.
 
 The flags → the model → sampling, the most likely sequences or scores → a prompt,
-a pipe or a file. Neither Keras nor its backends are imported.
+a pipe or a file. Neither Keras nor its backends are imported. `run`,
+near the end, is the whole of it.
 """
 
 import contextlib
@@ -681,8 +682,8 @@ def tell(text):
 # All of it
 
 
-def run(args):
-    """Does what the command line asks for and returns the exit status."""
+def check_files(args):
+    """Raises a `UserError`, before anything is read, if a file can't serve its purpose."""
     if args.output is not None:
         if args.output.lower().endswith(".gz"):
             raise UserError(f"--output: results are not compressed; omit the .gz of {args.output}")
@@ -695,6 +696,11 @@ def run(args):
         raise UserError(
             "--exclude reads standard input, which prompts come from; pass --prompt too"
         )
+
+
+def run(args):
+    """Does what the command line asks for and returns the exit status."""
+    check_files(args)
     with model.reading("--weights_path", args.weights_path, "a model's file"):
         trained, _ = model.load(args.weights_path)
     unwanted = set()
@@ -720,9 +726,8 @@ def run(args):
         results, total = find_scores(args, trained, notes.append), None
     elif args.prompt is not None or (args.output is not None and sys.stdin.isatty()):
         try:
-            results = itertools.chain(
-                *map(find, prompts)
-            )  # every prompt is checked before the first result
+            # Unpacked, so that every prompt is checked before the first result.
+            results = itertools.chain(*map(find, prompts))
         except ValueError as error:
             raise UserError(f"--prompt: {error}") from None
     elif args.output is not None:
@@ -737,14 +742,21 @@ def run(args):
     if args.output is None:
         show_results(results)
         return 0
-    header = ""
-    lines = (to_line(result, escape) for result in results)
+    return write_results(args, results, escape, tell_notes)
+
+
+def write_results(args, results, escape, tell_notes):
+    """Writes the results to `--output`, tells how many they are and returns the exit status."""
+    header, lines = "", (to_line(result, escape) for result in results)
     if args.output.lower().endswith(".csv"):
-        number = ["probability"] * bool(args.most_likely) + ["nats_per_character"] * bool(
-            args.score
-        )
-        header, lines = to_csv(["sequence", *number]) + "\n", map(to_csv, results)
+        columns = ["sequence"]
+        if args.most_likely is not None:
+            columns.append("probability")
+        elif args.score is not None:
+            columns.append("nats_per_character")
+        header, lines = to_csv(columns) + "\n", map(to_csv, results)
     try:
+        # Closed, so that the bar is gone before anything is told.
         with model.writing("--output", args.output), contextlib.closing(results):
             count, stopped = write(args.output, lines, header)
     except KeyboardInterrupt:
@@ -758,8 +770,8 @@ def run(args):
 
 
 def keep_to_one_line(text):
-    """Returns a str with an escape for each newline, since results are lines."""
-    return text.replace("\n", "\\n")
+    """Returns a str with an escape for each line end, since results are lines."""
+    return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def main(arguments=None):

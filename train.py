@@ -1,7 +1,8 @@
 """Learns to write sequences like those in a file and saves what it learned as an `.h5`.
 
 The flags → the data → an earlier run, if there is one → the batches → the network →
-several devices → training by Keras's `fit` and its callbacks.
+several devices → training by Keras's `fit` and its callbacks. `run`, near the end, is the
+whole of it.
 """
 
 import argparse
@@ -184,6 +185,18 @@ def one_character(text):
     return character
 
 
+def check_flags(args):
+    """Raises a `UserError`, before anything is read or imported, if the flags can't work."""
+    if args.distribute and os.environ.get("KERAS_BACKEND") != "jax":
+        raise UserError(
+            "--distribute: needs Keras on JAX: pip install jax, and set KERAS_BACKEND=jax"
+        )
+    if os.environ.get("KERAS_BACKEND"):
+        check_backend(os.environ["KERAS_BACKEND"])
+    inputs = ("--sequence_path", args.sequence_path), ("--init_from", args.init_from)
+    model.check_target("--save_path", args.save_path, inputs)
+
+
 # The data
 
 
@@ -244,13 +257,7 @@ def read_data(args, source):
         if clashes:
             raise ValueError(explain_clash(args, clashes, set(characters).union(*sequences)))
         corpus = model.build_corpus(sequences, args.sentinel, args.max_len, characters)
-    data = Data(corpus, *split(corpus, args.validation_split), loader)
-    if args.patience and not len(data.held_out):
-        raise UserError(
-            f"--patience: {args.validation_split} of {len(corpus):,} sequences leaves none to "
-            "validate with; omit --patience or raise --validation_split"
-        )
-    return data
+    return Data(corpus, *split(corpus, args.validation_split), loader)
 
 
 def explain_clash(args, lines, used):
@@ -326,9 +333,14 @@ def describe(args, data, source):
     }
 
 
-def check_size(args, alphabet):
-    """Raises a `UserError` if the network is too large to be meant."""
-    shapes = model.weight_shapes(len(alphabet), args.units, args.layers).values()
+def check_data(args, data):
+    """Raises a `UserError` if the flags don't suit the data."""
+    if args.patience and not len(data.held_out):
+        raise UserError(
+            f"--patience: {args.validation_split} of {len(data.corpus):,} sequences leaves none to "
+            "validate with; omit --patience or raise --validation_split"
+        )
+    shapes = model.weight_shapes(len(data.corpus.alphabet), args.units, args.layers).values()
     count = sum(map(math.prod, shapes))
     if count > LARGEST_NETWORK:
         raise UserError(
@@ -904,7 +916,10 @@ def set_variables(args, variables, state):
 
 
 def make_data(args, data, first_epoch, rank, processes):
-    """Makes the arguments of `fit` that are data, and those that say how much is an epoch."""
+    """Makes `fit`'s arguments for the data and the steps per epoch.
+
+    The data are endless; where an epoch ends is told by the steps.
+    """
     import keras
 
     backend = keras.backend.backend()
@@ -1065,24 +1080,12 @@ def find_place(data, text):
     return "held out" if np.isin(places[0], data.held_out) else "learned"
 
 
-def check_flags(args):
-    """Raises a `UserError`, before anything is read or imported, if the flags can't work."""
-    if args.distribute and os.environ.get("KERAS_BACKEND") != "jax":
-        raise UserError(
-            "--distribute: needs Keras on JAX: pip install jax, and set KERAS_BACKEND=jax"
-        )
-    if os.environ.get("KERAS_BACKEND"):
-        check_backend(os.environ["KERAS_BACKEND"])
-    inputs = ("--sequence_path", args.sequence_path), ("--init_from", args.init_from)
-    model.check_target("--save_path", args.save_path, inputs)
-
-
 def run(args):
     """Does what the command line asks for, from reading the data to the last line printed."""
     check_flags(args)
     source = read_source(args)
     data = read_data(args, source)
-    check_size(args, data.corpus.alphabet)
+    check_data(args, data)
     args.batch_size = min(args.batch_size, len(data.training))
     metadata = describe(args, data, source)
     history, best, state, group = metadata["history"], None, None, (0, 1)

@@ -137,7 +137,7 @@ def test_a_group_that_is_killed_continues_to_the_same_bits(hosts):
     assert "Continuing incognito_model.h5 after epoch" in shown
     assert read_all(hosts[0] / "incognito_model.h5") == read_all(hosts[0] / "undisturbed.h5")
     shown, _ = finish_well(start(hosts, flags))
-    assert "incognito_model.h5 is finished: it has learned for 30 epochs" in shown
+    assert "The run in incognito_model.h5 is finished, after 30 epochs" in shown
     alone = run("train.py", *flags, "--epochs", 31, cwd=hosts[0], env=JAX)
     assert "Continuing incognito_model.h5 after epoch 30" in alone.stdout
     assert alone.returncode == 0
