@@ -770,8 +770,8 @@ def write_results(args, results, escape, tell_notes):
 
 
 def keep_to_one_line(text):
-    """Returns a str with an escape for each line end, since results are lines."""
-    return text.replace("\n", "\\n").replace("\r", "\\r")
+    """Returns a str with an escape for each newline, since results are lines."""
+    return text.replace("\n", "\\n")
 
 
 def main(arguments=None):
