@@ -286,12 +286,15 @@ def test_a_file_that_contradicts_itself_is_not_continued(folder):
             del state[name]
             state[name] = value
 
-    another = "was trained with a version of Keras that this one can't continue"
+    another = "was trained with a version of Keras whose runs this one can't continue"
     for change, reason in (
         (lambda: say(max_len=5), "was trained with --max_len 5, not 8"),
         (say_fewer_layers, "was trained with --layers 1, not 2"),
-        (lambda: say(history={"loss": [2.0], "val_loss": []}), "without the state needed to continue"),
-        (repeat_state, "it holds larger training state than than 2 layers have"),
+        (
+            lambda: say(history={"loss": [2.0], "val_loss": []}),
+            "without the state needed to continue",
+        ),
+        (repeat_state, "it holds a larger training state than 2 layers need"),
         (lambda: convert_state("float"), another),
         (lambda: convert_state("int"), another),
     ):
