@@ -82,7 +82,8 @@ class SequenceLoader:
                 text = io.TextIOWrapper(file, encoding, "surrogateescape", newline="")
                 while line := text.readline(LONGEST_LINE):
                     self.line += 1
-                    self._check(line)
+                    if not line.isascii() or "\0" in line or len(line) == LONGEST_LINE:
+                        self._check(line)
                     yield line
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path} is not UTF-16 text: {error}.") from None
@@ -204,7 +205,7 @@ class UserNameLoader(SequenceLoader):
 
 def compose(text):
     """Returns a text in which every character that has a composed form is composed (NFC)."""
-    return unicodedata.normalize("NFC", text)
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 
 def find_delimiter(line):

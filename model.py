@@ -7,6 +7,12 @@
    importing Keras takes. It reads text and invents what follows.
 4. `save` and `load`: the file, which stock Keras opens too.
 5. What the command lines of train.py and sample.py share.
+
+The file is HDF5 in Keras's legacy layout of a whole model. Its root attribute
+`sequence_model` adds as JSON what Keras has no place for: the format, the alphabet (the
+sentinel first), `max_len`, the settings and the losses of each epoch. The group
+`training_state` has what continuing needs: all variables of network and optimizer. A file
+that Keras saves again lacks both.
 """
 
 import argparse
@@ -748,6 +754,14 @@ def save(path, network, weights, metadata, training_state=()):
 
     Raises:
         OSError: if the file can't be written; then the old one still stands.
+
+    Example, in plain Keras, of what follows a "q":
+
+    >>> network = keras.models.load_model(path)
+    >>> alphabet = json.loads(h5py.File(path).attrs["sequence_model"])["alphabet"]
+    >>> one_hot = np.eye(len(alphabet))[[[0, alphabet.index("q")]]]  # the sentinel comes first
+    >>> alphabet[network.predict(one_hot, verbose=0)[0, -1].argmax()]
+    'u'
     """
     import keras
 

@@ -45,6 +45,7 @@ SETTINGS = (
 SHOWN = 8  # sequences that are invented after each epoch
 LINE_WIDTH = 100  # characters of a line that shows them
 LARGEST_NETWORK = 2**30  # weights; Adam and the best epoch take four times as many numbers
+OPERATIONS_PER_DEVICE = 2 * 10**6  # per step of a batch: with fewer, dividing it gains nothing
 BACKENDS = ("tensorflow", "jax")
 
 
@@ -470,6 +471,12 @@ class Plan(typing.NamedTuple):
     padded_lengths: np.ndarray
 
 
+def count_operations(args, corpus):
+    """Returns how many operations learning takes per character, an int."""
+    parameters = 4 * args.units * (len(corpus.alphabet) + (2 * args.layers - 1) * args.units)
+    return 6 * parameters  # a multiplication and an addition each; twice that in the backward pass
+
+
 def plan_stacks(args, corpus, count, compiled):
     """Returns a `Plan`, by how much work there is.
 
@@ -483,9 +490,7 @@ def plan_stacks(args, corpus, count, compiled):
     batch_size = min(args.batch_size, count)
     batches = math.ceil(count / batch_size)
     longest = int(corpus.lengths.max())
-    parameters = 4 * args.units * (len(corpus.alphabet) + (2 * args.layers - 1) * args.units)
-    # A multiplication and an addition per parameter and step; twice that in the backward pass.
-    operations = 6 * parameters * batch_size * longest
+    operations = count_operations(args, corpus) * batch_size * longest
     depth = max(1, min(64, batches, 2 * 10**11 // operations))
     parts = max(1, min(4, batch_size // 64))
     if not compiled:
@@ -836,7 +841,40 @@ def extend_weights(weights, alphabet, source):
     return [kernel, *lstm, extended, offsets.astype(np.float32)]
 
 
-# Several devices, several hosts
+# Several cores, devices and hosts
+
+
+def count_cores():
+    """Returns how many cores this process may use, an int."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max") as file:
+        quota, period = map(int, file.read().split())
+        cores = min(cores, max(1, quota // period))
+    return cores
+
+
+def use_cores(args, data):
+    """Makes a device of each core that has enough to do, among which Keras on JAX divides a batch.
+
+    Within a device XLA keeps to about one core.
+    """
+    import jax
+    import keras
+
+    operations = count_operations(args, data.corpus) * args.batch_size
+    count = min(count_cores(), args.batch_size // 8, operations // OPERATIONS_PER_DEVICE)
+    if count > 1:
+        jax.config.update("jax_num_cpu_devices", count)
+        if "cpu" in keras.distribution.list_devices()[0]:
+            divide_batches()
+
+
+def divide_batches():
+    """Makes Keras divide each batch among all devices."""
+    import keras
+
+    data_parallel = keras.distribution.DataParallel(auto_shard_dataset=False)
+    keras.distribution.set_distribution(data_parallel)
 
 
 def join_group(args, metadata):
@@ -858,8 +896,7 @@ def join_group(args, metadata):
             sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, errors="backslashreplace")
             model.discard(sys.__stdout__)
             keras.distribution.initialize()
-        data_parallel = keras.distribution.DataParallel(auto_shard_dataset=False)
-        keras.distribution.set_distribution(data_parallel)
+        divide_batches()
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
@@ -923,7 +960,7 @@ def make_data(args, data, first_epoch, rank, processes):
     import keras
 
     backend = keras.backend.backend()
-    devices = len(keras.distribution.list_devices()) if args.distribute else 1
+    devices = len(keras.distribution.list_devices()) if keras.distribution.distribution() else 1
 
     def share(array):
         size = len(array) // processes
@@ -1065,8 +1102,8 @@ def show_invented(trained, data, seed):
         groups[find_place(data, text)].append(model.printable(text)[:LINE_WIDTH])
     for name, texts in groups.items():
         if texts:
-            fit_a_line = sum(map(len, texts)) + 2 * len(texts) <= LINE_WIDTH
-            print(f"invented, {name}: " + ("  " if fit_a_line else "\n  ").join(texts))
+            short = sum(map(len, texts)) <= 2 * LINE_WIDTH
+            print(f"invented, {name}: " + ("  " if short else "\n  ").join(texts))
 
 
 def find_place(data, text):
@@ -1118,6 +1155,8 @@ def run(args):
 def fit(args, data, source, metadata, best, state, group):
     """Trains: builds the network, sets it to an earlier run's state and calls Keras's `fit`."""
     import_keras()
+    if os.environ.get("KERAS_BACKEND") == "jax" and not args.distribute:
+        use_cores(args, data)
     done, (rank, processes) = len(metadata["history"]["loss"]), group
     callbacks = make_callbacks(args, data, metadata, best, leads=rank == 0)
     network = prepare_network(args, data, source)

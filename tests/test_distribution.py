@@ -21,6 +21,30 @@ DEVICES = "--xla_force_host_platform_device_count="
 SMALL = ["--units", 16, "--epochs", 6, "--batch_size", 30, "--recurrent_dropout", 0.2]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="can't choose cores")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_the_number_of_cores_changes_nothing_but_how_sums_are_rounded(tmp_path):
+    write_sequences(tmp_path)
+    flags = ["--units", 48, "--epochs", 3, "--batch_size", 30, "--recurrent_dropout", 0.2]
+    cores = sorted(os.sched_getaffinity(0))
+    arrays = []
+    for count in (1, 2):
+        process = run(
+            "train.py",
+            *[*flags, "--save_path", f"{count}.h5"],
+            cwd=tmp_path,
+            env=JAX,
+            preexec_fn=lambda allowed=cores[:count]: os.sched_setaffinity(0, allowed),
+        )
+        assert process.returncode == 0, process.stderr
+        devices = ", ".join(f"cpu:{number}" for number in range(count))
+        assert f"trained by Keras on jax, {devices}\n" in process.stdout
+        arrays.append(read_arrays(tmp_path / f"{count}.h5"))
+    for name, one in arrays[0].items():
+        np.testing.assert_allclose(arrays[1][name], one, rtol=1e-3, atol=1e-5)
+
+
 @pytest.fixture
 def hosts(tmp_path):
     """Two folders, each with the data, as on two hosts."""
