@@ -45,7 +45,7 @@ SETTINGS = (
 SHOWN = 8  # sequences that are invented after each epoch
 LINE_WIDTH = 100  # characters of a line that shows them
 LARGEST_NETWORK = 2**30  # weights; Adam and the best epoch take four times as many numbers
-OPERATIONS_PER_DEVICE = 2 * 10**6  # per step of a batch: with fewer, dividing it gains nothing
+OPERATIONS_PER_DEVICE = 4 * 10**6  # per step of a batch: with fewer, dividing it gains nothing
 BACKENDS = ("tensorflow", "jax")
 
 

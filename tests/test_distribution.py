@@ -26,7 +26,7 @@ SMALL = ["--units", 16, "--epochs", 6, "--batch_size", 30, "--recurrent_dropout"
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 def test_the_number_of_cores_changes_nothing_but_how_sums_are_rounded(tmp_path):
     write_sequences(tmp_path)
-    flags = ["--units", 48, "--epochs", 3, "--batch_size", 30, "--recurrent_dropout", 0.2]
+    flags = ["--units", 64, "--epochs", 3, "--batch_size", 30, "--recurrent_dropout", 0.2]
     cores = sorted(os.sched_getaffinity(0))
     arrays = []
     for count in (1, 2):
