@@ -640,6 +640,12 @@ def import_keras():
     keras.config.set_floatx("float32")  # whatever keras.json says
 
 
+def import_tensorflow():
+    """Imports TensorFlow before Keras does so on JAX, where it would be noisy."""
+    with quiet():
+        import tensorflow  # noqa: F401
+
+
 def make_tensorflow_network(layers, scale, xla):
     """Makes a network that learns from a stack of batches in each step of `fit`.
 
@@ -887,9 +893,7 @@ def join_group(args, metadata):
     import keras
     from jax.experimental import multihost_utils
 
-    with quiet():
-        import tensorflow  # noqa: F401 - which Keras would import, noisily, to seed it
-
+    import_tensorflow()  # which seeding imports
     try:
         if os.environ.get("KERAS_DISTRIBUTION_JOB_ADDRESSES"):
             # Gloo writes its peers' names straight to file descriptor 1.
@@ -1029,6 +1033,7 @@ def make_callbacks(args, data, metadata, best, leads):
                 for old in glob.glob(f"{glob.escape(args.log_dir)}/*/events.out.tfevents.*"):
                     os.remove(old)
         callbacks.append(CSVLogger(os.path.join(args.log_dir, "losses.csv"), append=continues))
+        import_tensorflow()
         callbacks.append(TensorBoard(args.log_dir, write_graph=False))
     # The bar must end before anything else is printed.
     return [*callbacks, ProgbarLogger(), make_teller(args, data)]
@@ -1155,7 +1160,9 @@ def run(args):
 def fit(args, data, source, metadata, best, state, group):
     """Trains: builds the network, sets it to an earlier run's state and calls Keras's `fit`."""
     import_keras()
-    if os.environ.get("KERAS_BACKEND") == "jax" and not args.distribute:
+    import keras
+
+    if keras.backend.backend() == "jax" and not args.distribute:
         use_cores(args, data)
     done, (rank, processes) = len(metadata["history"]["loss"]), group
     callbacks = make_callbacks(args, data, metadata, best, leads=rank == 0)
