@@ -32,12 +32,13 @@ def test_the_number_of_cores_changes_nothing_but_how_sums_are_rounded(tmp_path):
     for count in (1, 2):
         process = run(
             "train.py",
-            *[*flags, "--save_path", f"{count}.h5"],
+            *[*flags, "--save_path", f"{count}.h5", "--log_dir", f"logs_{count}"],
             cwd=tmp_path,
             env=JAX,
             preexec_fn=lambda allowed=cores[:count]: os.sched_setaffinity(0, allowed),
         )
         assert process.returncode == 0, process.stderr
+        assert process.stderr == ""
         devices = ", ".join(f"cpu:{number}" for number in range(count))
         assert f"trained by Keras on jax, {devices}\n" in process.stdout
         arrays.append(read_arrays(tmp_path / f"{count}.h5"))
