@@ -51,7 +51,6 @@ class SequenceLoader:
     """
 
     when_empty = "holds no sequences: every line is blank; put one sequence on each line"
-
     header, uneven = None, 0  # which only a CSV has
 
     def __init__(self, path, max_sequences=None):
@@ -156,8 +155,8 @@ class UserNameLoader(SequenceLoader):
     The file is read by the `csv` module: a quoted field may hold delimiters,
     quotes and line ends. The delimiter is the comma, semicolon or tab that
     splits the first row into the most columns, unless an Excel line like
-    `sep=;` names one. The first row is ignored, and so are rows whose first column is
-    blank.
+    `sep=;` names one. The first row is ignored, and so are rows whose first
+    column is blank.
 
     Args:
         path: str or path-like, a CSV file, encoded as for `SequenceLoader`.

@@ -302,11 +302,11 @@ def make_lstm_by_hand(units, recurrent_dropout=0.0, **options):
                 return super().inner_loop(sequences, initial_state, mask, training)
             steps_first = ops.transpose(sequences, (1, 0, 2))
             projected = ops.matmul(steps_first, self.cell.kernel) + self.cell.bias
-            mask = None
+            kept = None
             if recurrent_dropout:
-                mask = ops.ones_like(initial_state[0])
-                mask = random.dropout(mask, recurrent_dropout, seed=self.cell.seed_generator)
-            hidden = run_lstm(projected, ops.convert_to_tensor(self.cell.recurrent_kernel), mask)
+                kept = ops.ones_like(initial_state[0])
+                kept = random.dropout(kept, recurrent_dropout, seed=self.cell.seed_generator)
+            hidden = run_lstm(projected, ops.convert_to_tensor(self.cell.recurrent_kernel), kept)
             hidden = ops.transpose(hidden, (1, 0, 2))
             return hidden[:, -1], hidden, initial_state  # nothing uses the last state
 
@@ -551,17 +551,25 @@ class SequenceModel:
             logits[:, 0] = -np.inf
         return logits, state
 
-    def prepare_prompt(self, prompt, max_len):
-        """Returns a prompt in the form that the model can read (`Alphabet.normalize`).
+    def prepare(self, prompt, max_len, temperature, top_k, top_p):
+        """Checks what `sample` is asked for, and completes it.
 
-        Raises a ValueError if no sequence of at most `max_len` characters has
-        this beginning.
+        Returns:
+            Tuple `(prompt, max_len, to_probabilities)`: the prompt in the form
+            that the model can read (`Alphabet.normalize`), the longest
+            sequence, and `distribution` as a function of logits alone.
+
+        Raises:
+            ValueError: as `sample` does.
         """
+        max_len = self.max_len if max_len is None else max_len
         prompt = self.alphabet.normalize(prompt)
         self.alphabet.encode(prompt)
         if len(prompt) > max_len:
             raise ValueError(f"it has {len(prompt)} characters, but max_len is {max_len}")
-        return prompt
+        shaping = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        check_shaping(**shaping)
+        return prompt, max_len, functools.partial(distribution, **shaping)
 
     def batch_size(self, max_len):
         """Returns how many sequences of up to `max_len` characters to work on at a time, an int."""
@@ -602,12 +610,7 @@ class SequenceModel:
 
         >>> list(names.sample("Al", count=2, top_k=20, seed=1))
         """
-        max_len = self.max_len if max_len is None else max_len
-        prompt = self.prepare_prompt(prompt, max_len)
-        check_shaping(temperature, top_k, top_p)
-        to_probabilities = functools.partial(
-            distribution, temperature=temperature, top_k=top_k, top_p=top_p
-        )
+        prompt, max_len, to_probabilities = self.prepare(prompt, max_len, temperature, top_k, top_p)
         key = int(np.random.default_rng(seed).integers(2**63))
         return self._sample(prompt, count, max_len - len(prompt), to_probabilities, key)
 

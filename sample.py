@@ -8,7 +8,6 @@ near the end, is the whole of it.
 import contextlib
 import csv
 import dataclasses
-import functools
 import heapq
 import io
 import itertools
@@ -365,12 +364,7 @@ def most_likely(
 
     >>> list(most_likely(names, "Al", count=3))
     """
-    max_len = trained.max_len if max_len is None else max_len
-    prompt = trained.prepare_prompt(prompt, max_len)
-    model.check_shaping(temperature, top_k, top_p)
-    to_probabilities = functools.partial(
-        model.distribution, temperature=temperature, top_k=top_k, top_p=top_p
-    )
+    prompt, max_len, to_probabilities = trained.prepare(prompt, max_len, temperature, top_k, top_p)
     return _take_proven(
         Search(trained, count, max_len, to_probabilities, exclude), prompt, count, warn
     )

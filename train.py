@@ -22,12 +22,11 @@ import signal
 import sys
 import time
 import typing
-import unicodedata
 
 import numpy as np
 
 import model
-from loaders import LOADERS, find_loader
+from loaders import LOADERS, compose, find_loader
 from model import CommandLine, SequenceModel, UserError, within
 
 DESCRIPTION = "Learns to write sequences like those in a file and saves what it learned."
@@ -177,7 +176,7 @@ def one_character(text):
     if text.startswith("\\") and text.isascii():
         with contextlib.suppress(UnicodeDecodeError):
             character = text.encode().decode("unicode_escape")
-    character = unicodedata.normalize("NFC", character)
+    character = compose(character)
     if len(character) != 1 or "\ud800" <= character <= "\udfff":
         points = ", ".join(f"U+{ord(point):04X}" for point in character[:8]) or "none"
         raise argparse.ArgumentTypeError(
