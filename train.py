@@ -407,6 +407,13 @@ def find_difference(found, metadata):
     What counts is what the flags mean, not how they were typed. Both are
     metadata, the other run's as `model.load` returns it.
     """
+    if found["alphabet"][0] != metadata["alphabet"][0]:
+        return f"--sentinel {found['alphabet'][0]!r}, not {metadata['alphabet'][0]!r}"
+    if found.get("init_from") != metadata["init_from"]:
+        return "another --init_from"
+    # Before the settings, since a short list bounds the batch size.
+    if found.get("data") != metadata["data"]:
+        return "other data (--sequence_path, --num_sequences, --max_len)"
     settings = found.get("settings")
     settings = settings if isinstance(settings, dict) else {}
     then = {**settings, "units": found["units"], "layers": found["layers"]}
@@ -414,12 +421,6 @@ def find_difference(found, metadata):
     for name, value in now.items():
         if then.get(name) != value:
             return f"--{name} {reprlib.repr(then.get(name))}, not {value!r}"
-    if found["alphabet"][0] != metadata["alphabet"][0]:
-        return f"--sentinel {found['alphabet'][0]!r}, not {metadata['alphabet'][0]!r}"
-    if found.get("init_from") != metadata["init_from"]:
-        return "another --init_from"
-    if found.get("data") != metadata["data"]:
-        return "other data (--sequence_path, --num_sequences, --max_len)"
     if found["max_len"] != metadata["max_len"]:
         return f"--max_len {found['max_len']}, not {metadata['max_len']}"
     return None

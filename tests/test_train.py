@@ -435,12 +435,14 @@ def test_flags_that_mean_the_same_are_the_same_run(finished):
         (["--max_len", 7], "other data (--sequence_path, --num_sequences, --max_len)"),
         (["--validation_split", 0.099], "--validation_split 0.1, not 0.099"),
         (["--sequence_path", "other.txt"], "other data (--sequence_path, --num_sequences, "),
+        (["--sequence_path", "longer.txt"], "other data (--sequence_path, --num_sequences, "),
         (["--init_from", "copy.h5"], "another --init_from"),
     ],
 )
 def test_another_run_is_refused_by_what_differs(finished, flags, difference):
     (finished / "copy.h5").write_bytes((finished / "incognito_model.h5").read_bytes())
     (finished / "other.txt").write_text("kk" + (finished / "sequences.txt").read_text()[2:])
+    (finished / "longer.txt").write_text((finished / "sequences.txt").read_text() + "\nk" * 99)
     assert_refused(finished, f"was trained with {difference}", *flags)
 
 
