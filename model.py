@@ -199,8 +199,8 @@ def build_corpus(sequences, sentinel="\n", max_len=None, characters=""):
 # 2. The Keras network
 
 
-def run_lstm(projected, recurrent_kernel, mask=None):
-    """Runs an LSTM over whole sequences, from a state of zeros, differentiably.
+def run_lstm(projected, recurrent_kernel, kept):
+    """Runs an LSTM over rows of whole sequences, from a state of zeros, differentiably.
 
     The gradient is that of backpropagation through time (Werbos 1990).
     Automatic differentiation adds each step's share to the gradient of the
@@ -212,8 +212,9 @@ def run_lstm(projected, recurrent_kernel, mask=None):
         projected: float32 tensor `(steps, batch, 4 × units)`: the inputs times
             the kernel, plus the bias.
         recurrent_kernel: float32 tensor `(units, 4 × units)`.
-        mask: float32 tensor `(batch, units)` or None, what the outputs are
-            multiplied by before the layer reads them back.
+        kept: pair of float32 tensors that broadcast to `(steps, batch, units)`:
+            what the outputs and the cell of the step before are multiplied by
+            when a step reads them, 0 where a sequence begins.
 
     Returns:
         Float32 tensor `(steps, batch, units)`: the outputs.
@@ -222,30 +223,30 @@ def run_lstm(projected, recurrent_kernel, mask=None):
 
     steps, batch, _ = ops.shape(projected)
     units = recurrent_kernel.shape[0]
+    kept_hidden, kept_cell = kept
 
     def put(array, step, value):
         return ops.slice_update(array, (step, 0, 0), value[None])
 
-    def drop(hidden):
-        return hidden if mask is None else hidden * mask
-
     @ops.custom_gradient
     def run(projected, recurrent_kernel):
-        zeros = ops.zeros((batch, units))
-
         def forward(step, carry):
             hidden, cell, hiddens, cells, gates = carry
-            total = projected[step] + ops.matmul(drop(hidden), recurrent_kernel)
+            hidden, cell = hidden * kept_hidden[step], cell * kept_cell[step]
+            total = projected[step] + ops.matmul(hidden, recurrent_kernel)
             i, f, g, o = ops.split(total, 4, axis=1)
             i, f, g, o = ops.sigmoid(i), ops.sigmoid(f), ops.tanh(g), ops.sigmoid(o)
+            cells = put(cells, step, cell)
             cell = f * cell + i * g
             hidden = o * ops.tanh(cell)
-            hiddens, cells = put(hiddens, step + 1, hidden), put(cells, step + 1, cell)
-            return hidden, cell, hiddens, cells, put(gates, step, ops.concatenate([i, f, g, o], 1))
+            gates = put(gates, step, ops.concatenate([i, f, g, o], 1))
+            return hidden, cell, put(hiddens, step + 1, hidden), cells, gates
 
-        states = ops.zeros((steps + 1, batch, units))  # before and after each step
+        zeros = ops.zeros((batch, units))
+        hiddens = ops.zeros((steps + 1, batch, units))  # before and after each step
+        cells = ops.zeros((steps, batch, units))  # as each step reads them
         gates = ops.zeros((steps, batch, 4 * units))
-        carry = zeros, zeros, states, states, gates
+        carry = zeros, zeros, hiddens, cells, gates
         _, _, hiddens, cells, gates = ops.fori_loop(0, steps, forward, carry)
 
         def gradient(d_hiddens):
@@ -255,24 +256,26 @@ def run_lstm(projected, recurrent_kernel, mask=None):
                 d_hidden, d_cell, d_totals = carry
                 step = steps - 1 - done
                 i, f, g, o = ops.split(gates[step], 4, axis=1)
-                tanh_cell = ops.tanh(cells[step + 1])
+                cell = cells[step]
+                tanh_cell = ops.tanh(f * cell + i * g)
                 d_hidden = d_hidden + d_hiddens[step]
                 d_cell = d_cell + d_hidden * o * (1 - tanh_cell * tanh_cell)
                 d_total = [
                     d_cell * g * i * (1 - i),
-                    d_cell * cells[step] * f * (1 - f),
+                    d_cell * cell * f * (1 - f),
                     d_cell * i * (1 - g * g),
                     d_hidden * tanh_cell * o * (1 - o),
                 ]
                 d_total = ops.concatenate(d_total, 1)
-                d_hidden = drop(ops.matmul(d_total, transposed))
-                return d_hidden, d_cell * f, put(d_totals, step, d_total)
+                d_hidden = ops.matmul(d_total, transposed) * kept_hidden[step]
+                return d_hidden, d_cell * f * kept_cell[step], put(d_totals, step, d_total)
 
             carry = zeros, zeros, ops.zeros_like(gates)
             _, _, d_totals = ops.fori_loop(0, steps, backward, carry)
             # Not reshaped for a plain product: devices that share the batch would first have
             # to exchange all of it.
-            return d_totals, ops.tensordot(drop(hiddens[:-1]), d_totals, ((0, 1), (0, 1)))
+            read = hiddens[:-1] * kept_hidden
+            return d_totals, ops.tensordot(read, d_totals, ((0, 1), (0, 1)))
 
         return hiddens[1:], gradient
 
@@ -282,11 +285,12 @@ def run_lstm(projected, recurrent_kernel, mask=None):
 def make_lstm_by_hand(units, recurrent_dropout=0.0, **options):
     """Makes a `keras.layers.LSTM` that learns through `run_lstm`.
 
-    When it isn't training it is Keras's own layer.
+    Called with a mask, which is False at the first step of each sequence in a
+    row, it starts from zeros there; without one it is Keras's own layer.
 
     Args:
         units, options: as `keras.layers.LSTM` takes them.
-        recurrent_dropout: float, the share of each sequence's outputs that
+        recurrent_dropout: float, the share of each row's outputs that
             the layer does not read back, the same ones at every step (Gal and
             Ghahramani 2016). Keras's own uses a separate mask for each gate
             and so needs four products per step where this needs one.
@@ -298,16 +302,17 @@ def make_lstm_by_hand(units, recurrent_dropout=0.0, **options):
 
     class LSTM(layers.LSTM):  # named as Keras's own, because `save` writes the class's name
         def inner_loop(self, sequences, initial_state, mask, training=False):
-            if not training:
+            if mask is None:
                 return super().inner_loop(sequences, initial_state, mask, training)
             steps_first = ops.transpose(sequences, (1, 0, 2))
             projected = ops.matmul(steps_first, self.cell.kernel) + self.cell.bias
-            kept = None
-            if recurrent_dropout:
-                kept = ops.ones_like(initial_state[0])
-                kept = random.dropout(kept, recurrent_dropout, seed=self.cell.seed_generator)
-            hidden = run_lstm(projected, ops.convert_to_tensor(self.cell.recurrent_kernel), kept)
-            hidden = ops.transpose(hidden, (1, 0, 2))
+            kept_cell = kept_hidden = ops.cast(ops.transpose(mask), "float32")[:, :, None]
+            if training and recurrent_dropout:
+                ones = ops.ones_like(initial_state[0])
+                dropped = random.dropout(ones, recurrent_dropout, seed=self.cell.seed_generator)
+                kept_hidden = kept_cell * dropped
+            kernel = ops.convert_to_tensor(self.cell.recurrent_kernel)
+            hidden = ops.transpose(run_lstm(projected, kernel, (kept_hidden, kept_cell)), (1, 0, 2))
             return hidden[:, -1], hidden, initial_state  # nothing uses the last state
 
     # An LSTM of cuDNN can't be divided among devices.
@@ -369,18 +374,21 @@ def build_layers(
     return built
 
 
-def total_loss(network, rows, lengths, training=False):
+def total_loss(network, rows, positions, packed, training=False):
     """Returns the training loss of a batch.
 
-    With `s` for the sentinel, the row `abc` is read as `sabc` and should be
-    predicted as `abcs`. Runs on any backend of Keras, compiled or not.
+    With `s` for the sentinel, the sequence `abc` is read as `sabc` and should
+    be predicted as `abcs`. Runs on any backend of Keras, compiled or not.
 
     Args:
         network: the Keras network.
-        rows: int tensor `(batch, steps)`: ids, padded with 0.
-        lengths: int tensor `(batch,)` of numbers up to `steps`, as in
-            `Corpus`: the steps of each row that count. A row of length 0
-            counts for nothing.
+        rows: int tensor `(rows, steps)`: the ids of sequences and their ends,
+            one after the other.
+        positions: int32 tensor of the same shape: how many steps of its
+            sequence each is, from 1, or 0 where there is none, which counts
+            for nothing.
+        packed: bool, whether rows may hold several sequences each; all LSTM
+            layers must then be of `make_lstm_by_hand`.
         training: bool, whether dropout is on.
 
     Returns:
@@ -389,11 +397,13 @@ def total_loss(network, rows, lengths, training=False):
     """
     from keras import losses, ops
 
-    read = ops.pad(rows[:, :-1], [[0, 0], [1, 0]])
-    predicted = network(ops.one_hot(read, network.input_shape[-1]), training=training)
+    before = ops.pad(rows[:, :-1], [[0, 0], [1, 0]])
+    read = ops.one_hot(ops.where(positions == 1, 0, before), network.input_shape[-1])
+    mask = positions != 1 if packed else None
+    # Not `network(read, …)`, which would warn that masks end with it.
+    predicted = network.call(read, training=training, mask=mask)
     nats = losses.sparse_categorical_crossentropy(rows, predicted)
-    counted = ops.arange(ops.shape(rows)[1], dtype=lengths.dtype) < lengths[:, None]
-    return ops.sum(ops.where(counted, nats, 0.0))
+    return ops.sum(ops.where(positions > 0, nats, 0.0))
 
 
 def weight_shapes(alphabet_size, units, layers):

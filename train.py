@@ -44,7 +44,8 @@ SETTINGS = (
 SHOWN = 8  # sequences that are invented after each epoch
 LINE_WIDTH = 100  # characters of a line that shows them
 LARGEST_NETWORK = 2**30  # weights; Adam and the best epoch take four times as many numbers
-OPERATIONS_PER_DEVICE = 4 * 10**6  # per step of a batch: with fewer, dividing it gains nothing
+SEQUENCES_PER_ROW = 4  # with fewer, rows are less equally long; with more, products are too small
+OPERATIONS_PER_DEVICE = 3 * 10**7  # of a batch: with fewer, dividing it gains nothing
 BACKENDS = ("tensorflow", "jax")
 
 
@@ -457,119 +458,105 @@ class Plan(typing.NamedTuple):
 
     Attributes:
         batch_size: int, sequences of a batch.
+        rows: int, what these are packed into.
         depth: int, batches of a stack: enough that what a call costs in
             Python is lost in the work, and few enough that progress and
             Ctrl-C are not kept waiting.
-        parts: int, in how many parts a batch comes.
-        padded_lengths: sorted int array, the lengths that a part may be
-            padded to.
     """
 
     batch_size: int
+    rows: int
     depth: int
-    parts: int
-    padded_lengths: np.ndarray
 
 
 def count_operations(args, corpus):
-    """Returns how many operations learning takes per character, an int."""
+    """Returns how many operations learning from a sequence takes on average, an int."""
     parameters = 4 * args.units * (len(corpus.alphabet) + (2 * args.layers - 1) * args.units)
-    return 6 * parameters  # a multiplication and an addition each; twice that in the backward pass
+    # A multiplication and an addition each; twice that in the backward pass.
+    return 6 * parameters * math.ceil(corpus.lengths.mean())
 
 
-def plan_stacks(args, corpus, count, compiled):
-    """Returns a `Plan`, by how much work there is.
-
-    Args:
-        args: the command line.
-        corpus: `model.Corpus`.
-        count: int, how many of its sequences an epoch has.
-        compiled: bool, whether each length costs seconds to compile; then
-            one is added only per several seconds of work.
-    """
+def plan_stacks(args, corpus, count, packed):
+    """Returns a `Plan` for so many sequences of a `Corpus`, `packed` if rows may hold several."""
     batch_size = min(args.batch_size, count)
-    batches = math.ceil(count / batch_size)
-    longest = int(corpus.lengths.max())
-    operations = count_operations(args, corpus) * batch_size * longest
-    depth = max(1, min(64, batches, 2 * 10**11 // operations))
-    parts = max(1, min(4, batch_size // 64))
-    if not compiled:
-        return Plan(batch_size, depth, parts, np.arange(1, longest + 1))
-    choices = 1 + min(7, args.epochs * batches * operations // 10**12)
-    if choices == 1:
-        return Plan(batch_size, depth, 1, np.array([longest]))
-    # The shortest: the first part has the 1 / parts shortest sequences of a batch; without
-    # parts, half of the batches have no longer sequence, since share ** batch_size is 1 / 2.
-    share = 1 / parts if parts > 1 else 0.5 ** (1 / batch_size)
-    lengths = np.geomspace(longest, np.quantile(corpus.lengths, share), choices)
-    return Plan(batch_size, depth, parts, np.unique(np.ceil(lengths - 1e-6).astype(int)))
+    operations = count_operations(args, corpus) * batch_size
+    depth = max(1, min(64, math.ceil(count / batch_size), 2 * 10**11 // operations))
+    rows = math.ceil(batch_size / SEQUENCES_PER_ROW) if packed else batch_size
+    return Plan(batch_size, rows, depth)
 
 
 def make_stacks(corpus, chosen, plan, seed=None, devices=1):
-    """Cuts sequences into batches and stacks those of like length.
-
-    Padding is kept low without making the batches less random: those whose
-    longest sequences are about equally long share a stack, and a large batch
-    comes in several parts, the shortest sequences in the first, each as long
-    as it needs to be.
+    """Cuts sequences into batches, packs these into rows and stacks them.
 
     Args:
         corpus: `model.Corpus`.
         chosen: int array, the indices of the sequences to take.
         plan: `Plan`.
-        seed: what `numpy.random.default_rng` takes, to shuffle the sequences
-            and the stacks; None leaves the sequences as they are.
-        devices: int, the size of each part is a multiple of this.
+        seed: what `numpy.random.default_rng` takes, to shuffle the sequences;
+            None leaves them as they are.
+        devices: int, the number of rows is a multiple of this.
 
     Yields:
-        Tuple of a pair `(rows, lengths)` for each part: ids `(part of the
-        batch, depth, padded length)`, of the type of `corpus.rows`, and the
-        length of each row, int32 `(part of the batch, depth)`, 0 for those
-        that only fill up.
+        Tuple `(rows, positions)` of arrays `(rows, depth, steps)`: ids, of the
+        type of `corpus.rows`, and int32, as `model.total_loss` takes them.
 
-    Example, five sequences in batches of two, a stack of three batches deep:
+    Example, five sequences in batches of four, each in two rows:
 
     >>> corpus = model.build_corpus(["a", "bb", "ccc", "d", "ee"])
-    >>> [(rows, lengths)] = next(make_stacks(corpus, np.arange(5), Plan(2, 3, 1, np.arange(5))))
-    >>> rows[1]  # the longer sequence of each batch: "bb", "ee", "ccc"
-    array([[2, 2, 0, 0],
-           [5, 5, 0, 0],
-           [3, 3, 3, 0]], dtype=uint8)
-    >>> lengths  # beside "bb" stands "a", beside "ee" nothing, beside "ccc" "d"
-    array([[2, 0, 2],
-           [3, 3, 4]], dtype=int32)
+    >>> rows, positions = next(make_stacks(corpus, np.arange(5), Plan(4, 2, depth=2)))
+    >>> rows[:, 0]  # the first batch: "ccc" and "d", "bb" and "a"
+    array([[3, 3, 3, 0, 4, 0, 0, 0],
+           [2, 2, 0, 1, 0, 0, 0, 0]], dtype=uint8)
+    >>> positions[:, 0]
+    array([[1, 2, 3, 4, 1, 2, 0, 0],
+           [1, 2, 3, 1, 2, 0, 0, 0]], dtype=int32)
     """
-    batch_size, depth, parts, padded_lengths = plan
-    rng = None if seed is None else np.random.default_rng(seed)
-    order = chosen if rng is None else rng.permutation(chosen)
+    batch_size, rows, depth = plan
+    batches = deal(corpus.lengths, chosen, batch_size, seed)
+    for start in range(0, len(batches), depth):
+        packed = [pack(corpus.lengths, batch, rows) for batch in batches[start : start + depth]]
+        steps = max(end for places in packed for *_, end in places)
+        # Each number of steps has to be compiled.
+        shape = math.ceil(rows / devices) * devices, depth, math.ceil(steps / 4) * 4
+        ids, positions = np.zeros(shape, corpus.rows.dtype), np.zeros(shape, np.int32)
+        for batch, places in enumerate(packed):
+            for sequence, row, begin, end in places:
+                text = corpus.rows[sequence, : end - begin]
+                ids[row, batch, begin : begin + len(text)] = text
+                positions[row, batch, begin:end] = np.arange(1, end - begin + 1)
+        yield ids, positions
+
+
+def deal(lengths, chosen, batch_size, seed):
+    """Deals sequences out to batches so that each gets long and short ones alike.
+
+    Of the shortest, every batch gets one at random, of the next shortest another
+    one, and so on. So each has nearly the same number of characters and needs
+    the same number of steps. Returns a list of lists of indices, in that order.
+    """
+    rng = np.random.default_rng(seed)
+    order = chosen if seed is None else rng.permutation(chosen)
+    order = order[np.argsort(lengths[order], kind="stable")]
     count = math.ceil(len(order) / batch_size)
-    order = np.append(order, np.zeros(count * batch_size - len(order), order.dtype))
-    order = order.reshape(count, batch_size)
-    lengths = corpus.lengths[order]
-    lengths.ravel()[len(chosen) :] = 0
-    by_length = np.argsort(lengths, axis=1, kind="stable")
-    order, lengths = (np.take_along_axis(array, by_length, axis=1) for array in (order, lengths))
-    by_longest = np.argsort(lengths[:, -1], kind="stable")
-    stacks = [by_longest[start : start + depth] for start in range(0, count, depth)]
-    if rng is not None:
-        stacks = [rng.permutation(stacks[index]) for index in rng.permutation(len(stacks))]
-    for batches in stacks:
-        stack = []
-        for part in np.array_split(np.arange(batch_size), parts):
-            # Parts are compiled together: one length each, or all combinations would be compiled.
-            longest = (lengths if parts > 1 else lengths[batches])[:, part].max()
-            padded_length = padded_lengths[np.searchsorted(padded_lengths, longest)]
-            shape = math.ceil(len(part) / devices) * devices, depth, padded_length
-            rows = pad(corpus.rows[order[batches][:, part].T, :padded_length], shape)
-            stack.append((rows, pad(lengths[batches][:, part].T, shape[:2])))
-        yield tuple(stack)
+    missing = np.full(count * batch_size - len(order), -1)
+    order = np.concatenate([missing, order]).reshape(batch_size, count)
+    order = order if seed is None else rng.permuted(order, axis=1)
+    return [batch[batch >= 0].tolist() for batch in order.T]
 
 
-def pad(array, shape):
-    """Returns a copy of an array, padded with zeros to that shape."""
-    padded = np.zeros(shape, array.dtype)
-    padded[tuple(map(slice, array.shape))] = array
-    return padded
+def pack(lengths, batch, rows):
+    """Puts each sequence of a batch, the longest first, into the row that has most room left.
+
+    So the rows get about equally long, and little of a batch is padding.
+    Returns a list of tuples `(sequence, row, begin, end)`.
+    """
+    ends, places = [0] * rows, []
+    for sequence in reversed(batch):
+        begin = min(ends)
+        row = ends.index(begin)
+        ends[row] = begin + int(lengths[sequence])
+        places.append((sequence, row, begin, ends[row]))
+    return places
 
 
 # The network
@@ -646,13 +633,13 @@ def import_tensorflow():
         import tensorflow  # noqa: F401
 
 
-def make_tensorflow_network(layers, scale, xla):
+def make_tensorflow_network(layers, scale, packed):
     """Makes a network that learns from a stack of batches in each step of `fit`.
 
     Args:
         layers: list of Keras layers, as `model.build_layers` returns it.
         scale: float, what an optimizer step multiplies the sum of losses by.
-        xla: bool, whether XLA compiles the training.
+        packed: bool, whether rows hold several sequences; then XLA compiles it.
 
     Returns:
         A `keras.Sequential` for `fit` on what `make_stacks` yields. Its loss
@@ -666,10 +653,11 @@ def make_tensorflow_network(layers, scale, xla):
     class Network(keras.Sequential):
         metrics = property(lambda self: [nats])
 
-        @tf.function(jit_compile=xla, reduce_retracing=True, autograph=False)
+        @tf.function(jit_compile=packed, reduce_retracing=True, autograph=False)
         def train_step(self, stack):
             return self.sum_losses(stack, self.learn_batch)
 
+        @tf.function(jit_compile=packed, reduce_retracing=True, autograph=False)
         def test_step(self, stack):
             return self.sum_losses(stack, self.batch_loss)
 
@@ -682,12 +670,11 @@ def make_tensorflow_network(layers, scale, xla):
             return loss
 
         def batch_loss(self, batch, training=False):
-            return sum(model.total_loss(self, *part, training) for part in batch)
+            return model.total_loss(self, *batch, packed, training)
 
         def sum_losses(self, stack, of_batch):
             def add_next(index, total):
-                batch = tf.nest.map_structure(lambda array: array[:, index], stack)
-                return index + 1, total + of_batch(batch)
+                return index + 1, total + of_batch([array[:, index] for array in stack])
 
             batches, targets = count_targets(stack)
             total = tf.while_loop(lambda index, _: index < batches, add_next, (0, 0.0))[1]
@@ -697,7 +684,7 @@ def make_tensorflow_network(layers, scale, xla):
     return Network(layers)
 
 
-def make_jax_network(layers, scale):
+def make_jax_network(layers, scale, packed):
     """Makes the same as `make_tensorflow_network` on JAX, which always uses XLA."""
     import jax
     import keras
@@ -736,10 +723,8 @@ def make_jax_network(layers, scale):
         def batch_loss(self, trainable, others, stack, index, training):
             variables = self.trainable_variables + self.non_trainable_variables
             with keras.StatelessScope(zip(variables, [*trainable, *others])) as scope:
-                loss = sum(
-                    model.total_loss(self, rows[:, index], lengths[:, index], training)
-                    for rows, lengths in stack
-                )
+                batch = [array[:, index] for array in stack]
+                loss = model.total_loss(self, *batch, packed, training)
                 others = [scope.get_current_value(each) for each in self.non_trainable_variables]
             return loss * scale, (loss, others)
 
@@ -754,7 +739,7 @@ def count_targets(stack):
     """Returns how many batches of a stack are real, an int tensor, and its targets, float32."""
     from keras import ops
 
-    targets = sum(ops.sum(lengths, axis=0) for _, lengths in stack)
+    targets = ops.sum(ops.cast(stack[1] > 0, "int32"), axis=(0, 2))
     return ops.sum(ops.cast(targets > 0, "int32")), ops.cast(ops.sum(targets), "float32")
 
 
@@ -789,10 +774,8 @@ def prepare_network(args, data, source):
     )
     # Every target weighs the same, whichever batch it is in.
     scale = float(1 / (args.batch_size * data.corpus.lengths[data.training].mean()))
-    if backend == "jax":
-        network = make_jax_network(layers, scale)
-    else:
-        network = make_tensorflow_network(layers, scale, xla=by_hand)
+    make_network = make_jax_network if backend == "jax" else make_tensorflow_network
+    network = make_network(layers, scale, packed=by_hand)
     steps = args.epochs * math.ceil(len(data.training) / args.batch_size)
     rate = keras.optimizers.schedules.CosineDecay(args.learning_rate, steps)
     adam = keras.optimizers.Adam(rate, global_clipnorm=1.0)
@@ -868,7 +851,10 @@ def use_cores(args, data):
     import keras
 
     operations = count_operations(args, data.corpus) * args.batch_size
-    count = min(count_cores(), args.batch_size // 8, operations // OPERATIONS_PER_DEVICE)
+    rows = plan_stacks(args, data.corpus, len(data.training), packed=True).rows
+    count = max(1, min(count_cores(), rows // 2, operations // OPERATIONS_PER_DEVICE))
+    # What dropout draws depends on the number of rows, which must not depend on the machine.
+    count = max(divisor for divisor in range(1, count + 1) if rows % divisor == 0)
     if count > 1:
         jax.config.update("jax_num_cpu_devices", count)
         if "cpu" in keras.distribution.list_devices()[0]:
@@ -970,41 +956,33 @@ def make_data(args, data, first_epoch, rank, processes):
         size = len(array) // processes
         return array[rank * size : (rank + 1) * size]
 
-    def feed(chosen, shuffle, compiled):
-        plan = plan_stacks(args, data.corpus, len(chosen), compiled)
+    def feed(chosen, shuffle):
+        plan = plan_stacks(args, data.corpus, len(chosen), packed=learns_by_hand(args))
 
         def generate():
             for epoch in itertools.count(first_epoch):
                 seed = (args.seed, epoch) if shuffle else None
                 for stack in make_stacks(data.corpus, chosen, plan, seed, devices):
-                    yield tuple(tuple(map(share, part)) for part in stack)
+                    yield tuple(map(share, stack))
 
         stacks = generate()
         if backend == "tensorflow":
-            stacks = as_dataset(stacks, fixed=len(plan.padded_lengths) == 1)
+            stacks = as_dataset(stacks)
         return stacks, math.ceil(len(chosen) / plan.batch_size / plan.depth)
 
     arguments = {}
-    arguments["x"], arguments["steps_per_epoch"] = feed(
-        data.training, True, backend == "jax" or learns_by_hand(args)
-    )
+    arguments["x"], arguments["steps_per_epoch"] = feed(data.training, shuffle=True)
     if len(data.held_out):
-        # Without a backward pass there is too little work for TensorFlow to compile it.
-        arguments["validation_data"], arguments["validation_steps"] = feed(
-            data.held_out, False, backend == "jax"
-        )
+        arguments["validation_data"], arguments["validation_steps"] = feed(data.held_out, False)
     return arguments
 
 
-def as_dataset(stacks, fixed):
-    """Makes a `tf.data.Dataset` of a generator whose arrays all have one size if `fixed`."""
+def as_dataset(stacks):
+    """Makes a `tf.data.Dataset` of what `make_stacks` yields."""
     import tensorflow as tf
 
     first = next(stacks)
-    signature = tf.nest.map_structure(
-        lambda array: tf.TensorSpec(array.shape if fixed else [None] * array.ndim, array.dtype),
-        first,
-    )
+    signature = tuple(tf.TensorSpec([*array.shape[:2], None], array.dtype) for array in first)
     stacks = itertools.chain([first], stacks)
     data = tf.data.Dataset.from_generator(lambda: stacks, output_signature=signature).prefetch(2)
     options = tf.data.Options()

@@ -102,23 +102,30 @@ def build(keras, alphabet_size, **options):
     return keras.Sequential(model.build_layers(alphabet_size, **options))
 
 
-def test_the_loss_is_the_sum_over_characters_and_ends(stock_keras):
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_loss_is_the_sum_over_characters_and_ends(stock_keras, packed):
+    import tensorflow as tf
+
     corpus = model.build_corpus(["abcdef", "abcd", "b"], sentinel="s", max_len=4)
     np.testing.assert_array_equal(corpus.complete, [False, True, True])
     np.testing.assert_array_equal(corpus.lengths, [4, 5, 2])
-    network = build(stock_keras, len(corpus.alphabet), units=8, layers=2, dropout=0.5, seed=1)
+    options = {"units": 8, "layers": 2, "dropout": 0.5, "seed": 1, "by_hand": packed}
+    network = build(stock_keras, len(corpus.alphabet), **options)
     numpy = model.SequenceModel(corpus.alphabet, 4, network.get_weights())
     expected = 0
     for text, count in (("abcd", 4), ("abcd", 5), ("b", 2)):
         probabilities = predict(numpy, text)
         ids = [*corpus.alphabet.encode(text), 0]
         expected -= sum(np.log(probabilities[step, ids[step]]) for step in range(count))
-    for steps in (5, 9):
-        rows = np.zeros((4, steps), np.uint8)
-        rows[:3, :4] = corpus.rows
-        targets = np.array([*corpus.lengths, 0], np.int32)
-        loss = model.total_loss(network, rows, targets)
-        assert float(loss) == pytest.approx(expected, rel=1e-5)
+    a, b, c, d = corpus.alphabet.encode("abcd")
+    rows = [[a, b, c, d, 0, 0], [a, b, c, d, 0, 0], [b, 0, 0, 0, 0, 0]]
+    positions = [[1, 2, 3, 4, 0, 0], [1, 2, 3, 4, 5, 0], [1, 2, 0, 0, 0, 0]]
+    if packed:
+        rows = [[a, b, c, d, b, 0, a, b, c, d, 0, 0], [0] * 12]
+        positions = [[1, 2, 3, 4, 1, 2, 1, 2, 3, 4, 5, 0], [0] * 12]
+    compiled = tf.function(model.total_loss, jit_compile=packed)
+    loss = compiled(network, np.array(rows, np.uint8), np.array(positions, np.int32), packed)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("dropped", [False, True])
@@ -132,14 +139,15 @@ def test_the_gradient_worked_out_by_hand_is_that_of_the_plain_recurrence(dropped
         for shape in [(steps, batch, 4 * units), (steps, batch, units)]
     )
     kernel = tf.constant(rng.standard_normal((units, 4 * units)), "float32")
-    kept = tf.constant(rng.choice([0, 2], (batch, units)), "float32") if dropped else None
+    kept_cell = tf.constant(rng.choice([0, 1], (steps, batch, 1)), "float32")
+    kept_hidden = kept_cell * rng.choice([0, 2], (batch, units)) if dropped else kept_cell
 
     def plain(projected, kernel, kept):
         hidden = cell = tf.zeros((batch, units))
         outputs = []
         for step in range(steps):
-            read = hidden if kept is None else hidden * kept
-            i, f, g, o = tf.split(projected[step] + read @ kernel, 4, axis=1)
+            hidden, cell = hidden * kept_hidden[step], cell * kept_cell[step]
+            i, f, g, o = tf.split(projected[step] + hidden @ kernel, 4, axis=1)
             cell = tf.sigmoid(f) * cell + tf.sigmoid(i) * tf.tanh(g)
             hidden = tf.sigmoid(o) * tf.tanh(cell)
             outputs.append(hidden)
@@ -148,7 +156,7 @@ def test_the_gradient_worked_out_by_hand_is_that_of_the_plain_recurrence(dropped
     def differentiate(function, projected):
         with tf.GradientTape() as tape:
             tape.watch([projected, kernel])
-            outputs = function(projected, kernel, kept)
+            outputs = function(projected, kernel, (kept_hidden, kept_cell))
             total = tf.reduce_sum(outputs * weights)
         return [outputs, *tape.gradient(total, [projected, kernel])]
 
@@ -168,8 +176,11 @@ def test_recurrent_dropout_is_for_training_and_for_what_is_read_back(share):
 
     _, lstm, *_ = model.build_layers(5, 64, 1, recurrent_dropout=share, seed=0, by_hand=True)
     ids = np.eye(5, dtype=np.float32)[[[0, 1, 2, 3]] * 2]
+    mask = np.array([[False, True, True, True]] * 2)
     compiled = tf.function(lstm, jit_compile=True)
-    calm, first, second = (compiled(ids, training=choice).numpy() for choice in (False, True, True))
+    calm, first, second = (
+        compiled(ids, mask=mask, training=choice).numpy() for choice in (False, True, True)
+    )
     np.testing.assert_allclose(calm[:, 0], first[:, 0], atol=1e-6)  # nothing to read back yet
     for one, other in ((calm, first), (first, second), (first[0], first[1])):
         assert np.allclose(one, other, atol=1e-6) == (share == 0)

@@ -521,17 +521,13 @@ def test_the_held_out_part_is_a_share_of_the_distinct_sequences():
 # How it learns
 
 
-# In parts, of several lengths and of one; each time with a stack that is filled up with padding.
+# Packed and, as on a GPU, one sequence in each row; each time with a stack that is filled up.
 @pytest.mark.parametrize(
-    ("batch_size", "parts", "lengths", "stacks"),
-    [
-        (192, 3, [6, 9], 1),
-        pytest.param(2, 1, [6, 9], 2, marks=pytest.mark.slow),
-        pytest.param(2, 1, [9], 2, marks=pytest.mark.slow),
-    ],
+    ("batch_size", "packed"),
+    [(32, True), (64, False), pytest.param(3, True, marks=pytest.mark.slow)],
 )
 def test_it_learns_what_stock_keras_learns_from_the_same_batches(
-    folder, monkeypatch, batch_size, parts, lengths, stacks
+    folder, monkeypatch, batch_size, packed
 ):
     train.import_keras()
     import keras
@@ -543,12 +539,13 @@ def test_it_learns_what_stock_keras_learns_from_the_same_batches(
     corpus = train.read_data(args, source).corpus
     training = np.arange(min(len(corpus), 5 * batch_size))
     data = train.Data(corpus, training, training, None)
+    monkeypatch.setattr(train, "learns_by_hand", lambda args: packed)
     network = train.prepare_network(args, data, source)
     before = network.get_weights()
-    plan = train.Plan(batch_size, 4, parts, np.array(lengths))
-    monkeypatch.setattr(train, "plan_stacks", lambda *arguments: plan)
+    plan = train.plan_stacks(args, corpus, len(training), packed)._replace(depth=4)
+    monkeypatch.setattr(train, "plan_stacks", lambda *arguments, **options: plan)
     stacked = train.make_data(args, data, 0, 0, 1)
-    assert stacked["steps_per_epoch"] == stacked["validation_steps"] == stacks
+    assert stacked["steps_per_epoch"] == stacked["validation_steps"] == 2
     told = network.fit(**stacked, epochs=1, shuffle=False, verbose=0).history
 
     characters = len(corpus.alphabet)
@@ -563,19 +560,14 @@ def test_it_learns_what_stock_keras_learns_from_the_same_batches(
     stock.compile(adam, "sparse_categorical_crossentropy")
     targets_per_batch = batch_size * corpus.lengths[training].mean()
     nats = count = 0
-    for stack in train.make_stacks(corpus, training, plan, seed=(0, 0)):
-        for step in range(4):
-            # All parts in one batch, as long as the longest.
-            rows = [np.pad(rows[:, step], [(0, 0), (0, 9 - rows.shape[2])]) for rows, _ in stack]
-            rows = np.concatenate(rows)
-            targets = np.concatenate([targets[:, step] for _, targets in stack])
-            if targets.any():
-                inputs = one_hot[np.pad(rows[:, :-1], [(0, 0), (1, 0)])]
-                weights = (np.arange(9) < targets[:, None]).astype(np.float32)
-                # Keras divides by the size of the batch.
-                weights *= weights.size / targets_per_batch
-                nats += float(stock.train_on_batch(inputs, rows, weights)) * targets_per_batch
-                count += targets.sum()
+    for batch in train.deal(corpus.lengths, training, batch_size, seed=(0, 0)):
+        targets = np.pad(corpus.rows[batch].astype(int), [(0, 0), (0, 1)])
+        inputs = one_hot[np.pad(targets[:, :-1], [(0, 0), (1, 0)])]
+        weights = (np.arange(9) < corpus.lengths[batch, None]).astype(np.float32)
+        # Keras divides by the size of the batch.
+        weights *= weights.size / targets_per_batch
+        nats += float(stock.train_on_batch(inputs, targets, weights)) * targets_per_batch
+        count += corpus.lengths[batch].sum()
     assert count == corpus.lengths[training].sum()
     assert told["loss"] == pytest.approx([nats / count], rel=1e-4)
     for ours, theirs, first in zip(network.get_weights(), stock.get_weights(), before):
@@ -598,49 +590,45 @@ def test_jax_learns_it_too():
 
 
 @pytest.mark.parametrize("devices", [1, 3])
-def test_an_epoch_takes_each_sequence_once_and_pads_little(devices):
+@pytest.mark.parametrize(
+    ("batch_size", "rows", "depth", "seed"),
+    [(32, 8, 5, 3), (128, 32, 2, (0, 1)), (300, 75, 64, None), (128, 128, 9, 0), (777, 100, 1, 0)],
+)
+def test_an_epoch_takes_each_sequence_once_and_pads_little(batch_size, rows, depth, seed, devices):
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abcde"), length)) for length in rng.geometric(0.1, 1000)]
-    corpus = model.build_corpus(texts)
+    corpus = model.build_corpus(texts, max_len=20)
     chosen = rng.permutation(1000)[:777]
-    lengths = np.array([20, 40, corpus.lengths.max()])
-    for batch_size, depth, parts, seed in (
-        (32, 5, 1, 3),
-        (128, 2, 2, 3),
-        (300, 64, 4, None),
-        (777, 1, 4, 0),
-    ):
-        seen, padded, batches = [], 0, 0
-        plan = train.Plan(batch_size, depth, parts, lengths)
-        for stack in train.make_stacks(corpus, chosen, plan, seed, devices):
-            assert len(stack) == parts
-            counts = sum(np.count_nonzero(targets, axis=0) for _, targets in stack)
-            real = np.count_nonzero(counts)
-            assert counts.max() <= batch_size
-            assert counts[:real].all()  # what is only padding comes last
-            batches += real
-            for rows, targets in stack:
-                assert rows.shape[:2] == targets.shape
-                assert rows.shape[1] == depth
-                assert rows.shape[0] % devices == 0
-                assert rows.shape[2] in lengths
-                padded += rows[:, :real].size
-                for row, count in zip(rows.reshape(-1, rows.shape[2]), targets.ravel()):
-                    if count:
-                        assert count <= len(row)
-                        seen.append(corpus.alphabet.decode(row[row > 0]))
-        assert batches == -(-777 // batch_size)
-        assert sorted(seen) == sorted(corpus.alphabet.decode(r[r > 0]) for r in corpus.rows[chosen])
-        assert padded < 777 * corpus.lengths.max()
+    seen, batches, sizes, cells = [], 0, set(), 0
+    plan = train.Plan(batch_size, rows, depth)
+    for ids, positions in train.make_stacks(corpus, chosen, plan, seed, devices):
+        assert ids.shape == positions.shape
+        assert ids.shape[0] == -(-rows // devices) * devices
+        assert ids.shape[1] == depth
+        starts = np.count_nonzero(positions == 1, axis=(0, 2))
+        real = np.count_nonzero(starts)
+        assert starts[:real].all()  # what only fills up comes last
+        batches += real
+        sizes.update(starts[:real])
+        cells += ids[:rows, :real].size
+        for row, places in zip(ids.reshape(-1, ids.shape[2]), positions.reshape(-1, ids.shape[2])):
+            for sequence in np.split(row, np.flatnonzero(places == 1))[1:]:
+                seen.append(corpus.alphabet.decode(sequence[sequence > 0]))
+    assert batches == -(-777 // batch_size)
+    assert max(sizes) <= batch_size
+    assert len(sizes) <= 2
+    expected = [corpus.alphabet.decode(row[row > 0]) for row in corpus.rows[chosen]]
+    assert sorted(seen) == sorted(expected)
+    if rows < batch_size:
+        assert cells < 1.5 * corpus.lengths[chosen].sum()
 
 
 def test_another_seed_or_epoch_is_another_order():
     corpus = model.build_corpus(["".join(pair) for pair in itertools.product("abcdefgh", repeat=2)])
 
     def order(seed):
-        plan = train.Plan(8, 2, 1, np.array([3]))
-        stacks = train.make_stacks(corpus, np.arange(64), plan, seed)
-        return b"".join(rows.tobytes() for stack in stacks for rows, _ in stack)
+        stacks = train.make_stacks(corpus, np.arange(64), train.Plan(8, 2, 2), seed)
+        return b"".join(ids.tobytes() for ids, _ in stacks)
 
     assert order((0, 1)) == order((0, 1))
     assert len({order((0, 1)), order((0, 2)), order((1, 1)), order(None)}) == 4
