@@ -1,20 +1,21 @@
 """Times how fast train.py learns, against Keras's own fit and against PyTorch.
 
     pip install -r tests/benchmarks/requirements.txt
-    python tests/benchmarks/training.py [--against DIR] [--sizes NUMBER ...] [--no_peers]
+    python tests/benchmarks/training.py [--against DIR] [--sizes NAME ...] [--ours]
 
-DIR is another checkout, whose train.py takes part in each round. NUMBER is 0, 1 or
-2, to measure only some of the sizes; --no_peers measures train.py alone. Each
-program trains the same network on the same sequences in a process of its own, with
-two threads; a round runs all of them one after the other. Every figure is the
-median over the rounds of the median epoch after the first, and each ratio the
-median of the ratios within a round, because machines drift. train.py drops units
-out as it does by default; the others, which that would slow down several times,
-don't. PyTorch's build for machines without a GPU is enough.
+DIR is another checkout, whose train.py takes part in each round. NAME is one of
+small, words, names and wide, to measure only some of the networks; --ours leaves
+the peers out. Each program trains the same network on the same sequences in a
+process of its own, on two cores or, where it says so, on one; a round runs all of
+them one after the other. Every figure is the median over the rounds of the median
+epoch after the first, and each ratio the median of the ratios within a round,
+because machines drift. All apply dropout as train.py does by default, except where
+it says "without". PyTorch's build for machines without a GPU is enough. Linux only.
 """
 
 import argparse
 import csv
+import functools
 import json
 import os
 import pathlib
@@ -27,24 +28,30 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LISTS = ROOT / "pre_trained_models"
-THREADS = "2"
-# The flags of train.py for each size but the file, which the other programs need to know too.
-SIZES = [
-    dict(num_sequences=1000, max_len=8, units=32, layers=3, batch_size=32, epochs=10),
-    dict(num_sequences=5000, max_len=32, units=128, layers=2, batch_size=32, epochs=15),
-    dict(max_len=24, units=256, layers=3, batch_size=128, epochs=3, learning_rate=0.003),
-]
-FILES = "frequent.txt", "words.txt", "names.txt"
+CORES = 2
+DROPOUT = 0.3
+# The list and the flags of train.py for each network; the other programs read them too.
+SIZES = {
+    "small": (
+        "frequent.txt",
+        dict(num_sequences=1000, max_len=8, units=32, layers=3, batch_size=32, epochs=10),
+    ),
+    "words": ("words.txt", dict(max_len=32, units=128, layers=2, batch_size=32, epochs=6)),
+    "names": ("names.txt", dict(max_len=40, units=128, layers=2, batch_size=32, epochs=5)),
+    "wide": ("names.txt", dict(max_len=24, units=256, layers=3, batch_size=128, epochs=3)),
+}
 
 
 def write_lists(folder):
-    """Writes the `FILES` into a folder."""
+    """Writes the lists of `SIZES` into a folder."""
     import wordfreq
 
     with open(LISTS / "user_names_10000.csv", encoding="utf-8", newline="") as file:
         names = [row[0] for row in csv.reader(file)][1:]
     words = (LISTS / "english_words_5000.txt").read_text(encoding="utf-8").split("\n")
-    for name, lines in zip(FILES, (wordfreq.top_n_list("en", 1000), words, names)):
+    frequent = wordfreq.top_n_list("en", 1000)
+    lists = {"frequent.txt": frequent, "words.txt": words, "names.txt": names}
+    for name, lines in lists.items():
         pathlib.Path(folder, name).write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -65,7 +72,7 @@ def read(path, size):
 
 
 def train_in_keras(path, size):
-    """Trains with stock Keras and its default settings: returns the seconds of each epoch."""
+    """Trains with stock Keras, without dropout: returns the seconds of each epoch."""
     import keras
 
     inputs, targets, weights = read(path, size)
@@ -84,7 +91,7 @@ def train_in_keras(path, size):
     return [end - start for start, end in zip(times[::2], times[1::2])], len(inputs)
 
 
-def train_in_torch(path, size, trim=False):
+def train_in_torch(path, size, trim, dropout):
     """Trains with a plain PyTorch loop: returns the seconds of each epoch."""
     import torch
 
@@ -93,16 +100,16 @@ def train_in_torch(path, size, trim=False):
     targets[torch.from_numpy(weights) == 0] = -100  # what cross_entropy ignores
     lengths = torch.from_numpy(weights).sum(1).long()
     characters, units = inputs.shape[2], size["units"]
-    lstm = torch.nn.LSTM(characters, units, size["layers"], batch_first=True)
-    dense = torch.nn.Linear(units, characters)
-    adam = torch.optim.Adam([*lstm.parameters(), *dense.parameters()], 0.003)
-    torch.set_num_threads(int(THREADS))
+    lstm = torch.nn.LSTM(characters, units, size["layers"], batch_first=True, dropout=dropout)
+    last = torch.nn.Sequential(torch.nn.Dropout(dropout), torch.nn.Linear(units, characters))
+    adam = torch.optim.Adam([*lstm.parameters(), *last.parameters()], 0.003)
+    torch.set_num_threads(CORES)
     seconds = []
     for _ in range(size["epochs"]):
         start = time.perf_counter()
         for chosen in torch.randperm(len(inputs)).split(size["batch_size"]):
             longest = lengths[chosen].max() if trim else inputs.shape[1]
-            logits = dense(lstm(inputs[chosen, :longest])[0])
+            logits = last(lstm(inputs[chosen, :longest])[0])
             goals = targets[chosen, :longest]
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), goals.flatten())
             adam.zero_grad()
@@ -113,20 +120,23 @@ def train_in_torch(path, size, trim=False):
 
 
 PEERS = {
-    "Keras fit": train_in_keras,
-    "PyTorch": train_in_torch,
-    "PyTorch, trimmed": lambda path, size: train_in_torch(path, size, trim=True),
+    "Keras fit, without": train_in_keras,
+    "PyTorch, padded": functools.partial(train_in_torch, trim=False, dropout=DROPOUT),
+    "PyTorch, trimmed": functools.partial(train_in_torch, trim=True, dropout=DROPOUT),
+    "PyTorch, padded, without": functools.partial(train_in_torch, trim=False, dropout=0.0),
+    "PyTorch, trimmed, without": functools.partial(train_in_torch, trim=True, dropout=0.0),
 }
 
 
-def run(*command, backend="tensorflow", folder=None):
+def run(*command, backend="tensorflow", folder=None, cores=CORES):
     """Runs Python and returns what it prints, a str, and the seconds that it took, a float."""
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    environment |= dict.fromkeys(threads, THREADS)
+    environment |= dict.fromkeys(threads, str(cores))
+    bound = ["taskset", "--cpu-list", f"0-{cores - 1}", sys.executable, *command]
     options = {"env": environment, "cwd": folder, "capture_output": True, "text": True}
     start = time.perf_counter()
-    process = subprocess.run([sys.executable, *command], **options)
+    process = subprocess.run(bound, **options)
     if process.returncode:
         sys.exit(process.stderr)
     return process.stdout, time.perf_counter() - start
@@ -145,11 +155,11 @@ def make_command(folder, path, size):
     return [f"{folder}/train.py", "--sequence_path", path, "--overwrite", *flags]
 
 
-def time_ours(folder, path, size, backend="tensorflow"):
+def time_ours(folder, path, size, **options):
     """Returns train.py's sequences a second after the first epoch, as it prints them."""
     command = make_command(folder, path, size)
     with tempfile.TemporaryDirectory() as place:
-        shown, _ = run(*command, "--validation_split", "0", backend=backend, folder=place)
+        shown, _ = run(*command, "--validation_split", "0", folder=place, **options)
     rates = re.findall(r"([\d,]+) sequences/s", shown)[1:]
     return statistics.median(int(rate.replace(",", "")) for rate in rates)
 
@@ -191,32 +201,42 @@ def report_share(rounds, path, size):
     print(f"{rate * operations / product:12.2f}  of that in train.py, padding not counted")
 
 
+def name_processor():
+    """Returns the name of the processor, a str."""
+    return re.search(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())[1]
+
+
 def main():
     """Prints the tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--against", metavar="DIR", type=os.path.abspath)
-    parser.add_argument("--sizes", type=int, nargs="+", default=range(len(SIZES)))
+    parser.add_argument("--sizes", choices=SIZES, nargs="+", default=SIZES)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--no_peers", action="store_true")
+    parser.add_argument("--ours", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_lists(folder)
-        for number in args.sizes:
-            size, path = SIZES[number], os.path.join(folder, FILES[number])
-            programs = {"train.py": lambda p=path, s=size: time_ours(ROOT, p, s)}
+        for name in args.sizes:
+            file, size = SIZES[name]
+            path = os.path.join(folder, file)
+            ours = functools.partial(time_ours, ROOT, path, size)
+            programs = {"train.py": ours, "train.py, one core": functools.partial(ours, cores=1)}
+            programs["train.py on JAX"] = functools.partial(ours, backend="jax")
+            one_core = functools.partial(ours, backend="jax", cores=1)
+            programs["train.py on JAX, one core"] = one_core
             if args.against:
-                name = f"{args.against}/train.py"
-                programs[name] = lambda p=path, s=size: time_ours(args.against, p, s)
-            programs["train.py on JAX"] = lambda p=path, s=size: time_ours(ROOT, p, s, "jax")
-            for name in () if args.no_peers else PEERS:
-                programs[name] = lambda n=name, p=path, s=size: time_peer(n, p, s)
-            print(f"{size['layers']} × {size['units']} units, batch {size['batch_size']}")
+                other = functools.partial(time_ours, args.against, path, size)
+                programs[f"{args.against}/train.py"] = other
+            for peer in () if args.ours else PEERS:
+                programs[peer] = functools.partial(time_peer, peer, path, size)
+            print(f"{name}: {size}, {name_processor()}", flush=True)
             rounds = measure(args.rounds, programs)
             report(rounds, "train.py", "sequences/s")
             report_share(rounds, path, size)
         programs = {"import keras": lambda: run("-c", "import keras")[1]}
+        file, size = SIZES["small"]
         for place in filter(None, (ROOT, args.against)):
-            command = make_command(place, os.path.join(folder, FILES[0]), SIZES[0])
+            command = make_command(place, os.path.join(folder, file), size)
             programs[f"{place}/train.py"] = lambda c=command: run(*c, folder=folder)[1]
         print("the training command of the README's quick start, as a whole process")
         report(measure(3 * args.rounds, programs), f"{ROOT}/train.py", "s", digits=2)
