@@ -476,9 +476,9 @@ def count_operations(args, corpus):
     return 6 * parameters * math.ceil(corpus.lengths.mean())
 
 
-def plan_stacks(args, corpus, count, packed):
+def plan_stacks(args, corpus, count, batch_size, packed):
     """Returns a `Plan` for so many sequences of a `Corpus`, `packed` if rows may hold several."""
-    batch_size = min(args.batch_size, count)
+    batch_size = min(batch_size, count)
     operations = count_operations(args, corpus) * batch_size
     depth = max(1, min(64, math.ceil(count / batch_size), 2 * 10**11 // operations))
     rows = math.ceil(batch_size / SEQUENCES_PER_ROW) if packed else batch_size
@@ -639,7 +639,8 @@ def make_tensorflow_network(layers, scale, packed):
     Args:
         layers: list of Keras layers, as `model.build_layers` returns it.
         scale: float, what an optimizer step multiplies the sum of losses by.
-        packed: bool, whether rows hold several sequences; then XLA compiles it.
+        packed: bool, whether the rows to learn from hold several sequences
+            each; then XLA compiles that. Those to validate with never do.
 
     Returns:
         A `keras.Sequential` for `fit` on what `make_stacks` yields. Its loss
@@ -657,7 +658,6 @@ def make_tensorflow_network(layers, scale, packed):
         def train_step(self, stack):
             return self.sum_losses(stack, self.learn_batch)
 
-        @tf.function(jit_compile=packed, reduce_retracing=True, autograph=False)
         def test_step(self, stack):
             return self.sum_losses(stack, self.batch_loss)
 
@@ -670,7 +670,7 @@ def make_tensorflow_network(layers, scale, packed):
             return loss
 
         def batch_loss(self, batch, training=False):
-            return model.total_loss(self, *batch, packed, training)
+            return model.total_loss(self, *batch, packed and training, training)
 
         def sum_losses(self, stack, of_batch):
             def add_next(index, total):
@@ -685,7 +685,7 @@ def make_tensorflow_network(layers, scale, packed):
 
 
 def make_jax_network(layers, scale, packed):
-    """Makes the same as `make_tensorflow_network` on JAX, which always uses XLA."""
+    """Makes the same as `make_tensorflow_network` on JAX, validated with packed rows too."""
     import jax
     import keras
 
@@ -851,7 +851,7 @@ def use_cores(args, data):
     import keras
 
     operations = count_operations(args, data.corpus) * args.batch_size
-    rows = plan_stacks(args, data.corpus, len(data.training), packed=True).rows
+    rows = plan_stacks(args, data.corpus, len(data.training), args.batch_size, packed=True).rows
     count = max(1, min(count_cores(), rows // 2, operations // OPERATIONS_PER_DEVICE))
     # What dropout draws depends on the number of rows, which must not depend on the machine.
     count = max(divisor for divisor in range(1, count + 1) if rows % divisor == 0)
@@ -956,8 +956,8 @@ def make_data(args, data, first_epoch, rank, processes):
         size = len(array) // processes
         return array[rank * size : (rank + 1) * size]
 
-    def feed(chosen, shuffle):
-        plan = plan_stacks(args, data.corpus, len(chosen), packed=learns_by_hand(args))
+    def feed(chosen, shuffle, batch_size, packed):
+        plan = plan_stacks(args, data.corpus, len(chosen), batch_size, packed)
 
         def generate():
             for epoch in itertools.count(first_epoch):
@@ -971,9 +971,16 @@ def make_data(args, data, first_epoch, rank, processes):
         return stacks, math.ceil(len(chosen) / plan.batch_size / plan.depth)
 
     arguments = {}
-    arguments["x"], arguments["steps_per_epoch"] = feed(data.training, shuffle=True)
+    packed = learns_by_hand(args)
+    arguments["x"], arguments["steps_per_epoch"] = feed(
+        data.training, True, args.batch_size, packed
+    )
     if len(data.held_out):
-        arguments["validation_data"], arguments["validation_steps"] = feed(data.held_out, False)
+        # On TensorFlow as `predict` would: to compile the forward pass takes longer than it saves.
+        packed, batch_size = packed and backend == "jax", max(256, args.batch_size)
+        arguments["validation_data"], arguments["validation_steps"] = feed(
+            data.held_out, False, batch_size, packed
+        )
     return arguments
 
 
