@@ -1039,6 +1039,7 @@ class CommandLine(argparse.ArgumentParser):
     """
 
     def __init__(self, **options):
+        options["usage"] = f"{options['prog']} [--flag value ...]"
         super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
 
     def parse_args(self, args=None, namespace=None):
@@ -1056,6 +1057,9 @@ class CommandLine(argparse.ArgumentParser):
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30)
+
     def _get_help_string(self, action):
         if action.default is None or action.nargs == 0 or "(default" in action.help:
             return action.help

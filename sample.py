@@ -26,15 +26,13 @@ from loaders import LOADERS, LONGEST_LINE, compose, find_loader
 from model import CommandLine, UserError, within
 
 DESCRIPTION = "Invents sequences with a model that train.py saved."
-EXAMPLE = """examples:
-  python sample.py --weights_path names.h5
-  python sample.py --weights_path names.h5 --prompt Al --most_likely 10
-  python sample.py --weights_path names.h5 --num_samples 1000000 --unique --output new.txt
-  python sample.py --weights_path names.h5 --score other_names.txt > scores.tsv
-  cut -c1-2 other_names.txt | python sample.py --weights_path names.h5 > invented.txt
+EXAMPLES = r"""examples:
+  python sample.py --prompt un --temperature 0.8
+  python sample.py --prompt '' --num_samples 1000 --unique --output new.txt
+  printf 'th\nqu\n' | python sample.py --most_likely 3
 
-On a terminal it asks for the first characters again and again; Ctrl-D leaves.
-From a pipe, each line is a prompt. Results go to stdout, everything else to stderr.
+On a terminal it asks for prompts; from a pipe, each line is one. Results go to
+stdout, everything else to stderr.
 """
 ENGLISH_WORDS = (
     pathlib.Path(__file__).resolve().parent / "pre_trained_models" / "english_words_5000.h5"
@@ -53,7 +51,7 @@ UNUSED = {
 
 def parse_arguments(arguments=None):
     """Returns the parser and the parsed arguments (those of the process if None)."""
-    parser = CommandLine(prog="sample.py", description=DESCRIPTION, epilog=EXAMPLE)
+    parser = CommandLine(prog="sample.py", description=DESCRIPTION, epilog=EXAMPLES)
     parser.suggest_flag = lambda word: (
         ("--weights_path" if word.endswith(".h5") or os.path.isfile(word) else "--prompt")
         + f" {word}"
@@ -62,61 +60,65 @@ def parse_arguments(arguments=None):
     source = parser.add_argument_group("model and prompt")
     source.add_argument(
         "--weights_path",
+        metavar="FILE",
         default=str(ENGLISH_WORDS),
-        help="a file that train.py saved (default: the English words that come with it)",
+        help="the model (default: the English words that come with it)",
     )
     source.add_argument(
         "--prompt",
+        metavar="TEXT",
         nargs="+",
         action="extend",
-        help="complete these first characters ('' for none), and exit; "
-        "write --prompt=-a if they start with a dash",
+        help="how the sequences begin ('' for anyhow); answer and exit; write --prompt=-a for "
+        "one that begins with a dash",
     )
 
     drawing = parser.add_argument_group("drawing")
     drawing.add_argument(
         "--num_samples",
+        metavar="N",
         type=within(int, 1, 2**62),
         default=100,
-        help="sequences for each prompt",
+        help="sequences per prompt",
     )
     drawing.add_argument(
         "--temperature",
+        metavar="T",
         type=within(float, 0, 1000),
         default=1.0,
-        help="below 1 likely characters become likelier, above 1 less so; 0 always takes the "
-        "likeliest",
+        help="below 1 for safer characters, above 1 for bolder ones; 0 always takes the likeliest",
     )
     drawing.add_argument(
         "--top_k",
+        metavar="K",
         type=within(int, 1, model.LIMITS["alphabet"]),
-        help="draw only from the k likeliest characters (default: from all)",
+        help="draw from the K likeliest characters (default: all)",
     )
     drawing.add_argument(
         "--top_p",
+        metavar="P",
         type=within(float, 0, 1),
-        help="draw only from the likeliest characters that together have this probability, "
-        "of what --temperature and --top_k leave (default: from all)",
+        help="draw from the likeliest characters that together have probability P (default: 1)",
     )
     drawing.add_argument(
         "--max_len",
+        metavar="N",
         type=within(int, 1, model.LIMITS["max_len"]),
-        help="longest sequence (default: as in training)",
+        help="stop after N characters (default: as in training)",
     )
     drawing.add_argument(
         "--seed",
+        metavar="N",
         type=within(int, 0, 2**64 - 1),
-        help="the same seed invents the same sequences (default: different ones each time)",
+        help="make the results repeatable (default: they differ)",
     )
-    drawing.add_argument(
-        "--unique", action="store_true", help="no sequence twice, even across prompts"
-    )
+    drawing.add_argument("--unique", action="store_true", help="no sequence twice")
     drawing.add_argument(
         "--exclude",
         metavar="FILE",
         nargs="+",
         action="extend",
-        help="no sequence that is in this file, such as the training data",
+        help="no sequence that is in these files",
     )
 
     other = parser.add_argument_group("instead of drawing").add_mutually_exclusive_group()
@@ -124,29 +126,26 @@ def parse_arguments(arguments=None):
         "--most_likely",
         metavar="K",
         type=within(int, 1, 1_000_000),
-        help="the K most probable sequences, the best first: probability given the prompt, tab, "
-        "sequence",
+        help="print the K most probable sequences, each after its probability and a tab",
     )
     other.add_argument(
         "--score",
         metavar="FILE",
-        help="score the sequences of a file: nats per character, tab, sequence; the mean goes to "
-        "stderr",
+        help="print the sequences of a file, each after its nats per character and a tab; the "
+        "mean goes to stderr",
     )
 
     files = parser.add_argument_group("files")
     files.add_argument(
         "--loader_class",
+        metavar="CLASS",
         choices=LOADERS,
-        help="how --exclude and --score read their files, as in train.py (default: UserNameLoader "
-        "for a .csv, else SequenceLoader)",
+        help="how to read the files of --exclude and --score, as in train.py (default: by name)",
     )
     files.add_argument(
         "--output",
         metavar="FILE",
-        help="write the results here, a CSV with a header if it ends in .csv, in one step at the "
-        "end: an error leaves the old file, Ctrl-C keeps what there is; never asks for prompts "
-        "on a terminal",
+        help="write the results here, with a header if it ends in .csv; Ctrl-C keeps those so far",
     )
     args = parser.parse_args(arguments)
     for mode, names in UNUSED.items():
@@ -602,21 +601,37 @@ def write(path, lines, header):
 
 
 def converse(answer):
-    """Asks for prompts on the terminal until the user leaves; `answer` takes each."""
+    """Asks for prompts on the terminal until the user leaves; `answer` takes each.
+
+    Ctrl-C clears a line or stops an answer. Only the second in a row at an
+    empty prompt leaves.
+    """
+    typed = str  # what an interrupted line holds: nothing, as far as is known without readline
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - input() edits lines once it is imported
+        import readline  # input() edits lines once it is imported
+
+        typed = readline.get_line_buffer
     tell(
-        "Type the first characters and press Enter, or just Enter to start from nothing. "
-        "Ctrl-D leaves."
+        "Type how a sequence should begin and press Enter to get some that do; just Enter "
+        "starts from nothing. Ctrl-D leaves."
     )
+    stopped = False
     while True:
         try:
             prompt = ask("> ")
-        except (EOFError, KeyboardInterrupt) as end:
+        except EOFError:
             tell("")
-            if end.args in ((), (signal.SIGINT,)):
-                return
-            raise
+            return
+        except KeyboardInterrupt as stop:
+            tell("")
+            if stop.args != (signal.SIGINT,):
+                raise
+            if not typed():
+                if stopped:
+                    return
+                tell("Press Ctrl-C again to leave.")
+                stopped = True
+            continue
         try:
             answer(prompt)
         except ValueError as error:
@@ -624,7 +639,8 @@ def converse(answer):
         except KeyboardInterrupt as stop:
             if stop.args != (signal.SIGINT,):
                 raise
-            print("\nStopped. Ctrl-D leaves.", file=sys.stderr)
+            tell("\nStopped.")
+        stopped = False
 
 
 def ask(question):

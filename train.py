@@ -30,11 +30,15 @@ from loaders import LOADERS, compose, find_loader
 from model import CommandLine, SequenceModel, UserError, within
 
 DESCRIPTION = "Learns to write sequences like those in a file and saves what it learned."
-EXAMPLE = """example:
-  python train.py --loader_class UserNameLoader --sequence_path names.csv --save_path names.h5
+EXAMPLES = """examples:
+  python train.py --sequence_path pre_trained_models/english_words_5000.txt
+  python train.py --sequence_path pre_trained_models/user_names_10000.csv \\
+      --units 64 --epochs 5 --save_path names.h5
+  python train.py --sequence_path pre_trained_models/english_words_5000.txt \\
+      --init_from names.h5 --save_path tuned.h5
 
-The same command again continues where the file at --save_path stands, and so
-does a larger --epochs. Ctrl-C stops; what the last whole epoch learned is kept.
+The same command again continues an interrupted run, a larger --epochs a finished
+one. Ctrl-C stops and keeps the last whole epoch.
 """
 UNITS, LAYERS, SENTINEL = 128, 2, "\n"
 # What makes two runs the same run, besides their data and network.
@@ -54,7 +58,7 @@ BACKENDS = ("tensorflow", "jax")
 
 def parse_arguments(arguments=None):
     """Returns the parser and the parsed arguments (those of the process if None)."""
-    parser = CommandLine(prog="train.py", description=DESCRIPTION, epilog=EXAMPLE)
+    parser = CommandLine(prog="train.py", description=DESCRIPTION, epilog=EXAMPLES)
     parser.suggest_flag = lambda word: (
         f"--init_from {word} to start from a model, or --save_path {word} to name the new one"
         if word.endswith(".h5")
@@ -64,103 +68,122 @@ def parse_arguments(arguments=None):
     data = parser.add_argument_group("data")
     data.add_argument(
         "--loader_class",
+        metavar="CLASS",
         choices=LOADERS,
-        help="what the file is: one sequence per line; English words, the most used first; or a "
-        "CSV, of which the first column is read (default: UserNameLoader for a .csv, else "
-        "SequenceLoader)",
+        help="SequenceLoader: one sequence per line; VocabularyLoader: English words, the most "
+        "used first; UserNameLoader: a CSV's first column (default: by the file's name)",
     )
     data.add_argument(
-        "--sequence_path", "--sequences_path", default="sequences.txt", help="the file"
+        "--sequence_path",
+        metavar="FILE",
+        default="sequences.txt",
+        help="what to learn",
     )
+    data.add_argument("--sequences_path", dest="sequence_path", help=argparse.SUPPRESS)
     data.add_argument(
-        "--num_sequences", type=within(int, 1, 2**62), help="take only the first n (default: all)"
+        "--num_sequences",
+        metavar="N",
+        type=within(int, 1, 2**62),
+        help="read only the first N (default: all)",
     )
     data.add_argument(
         "--max_len",
+        metavar="N",
         type=within(int, 1, model.LIMITS["max_len"]),
-        help="cut sequences to this many characters (default: the longest one's, "
-        f"at most {model.DEFAULT_MAX_LEN})",
+        help=f"cut to N characters (default: longest, up to {model.DEFAULT_MAX_LEN})",
     )
     data.add_argument(
         "--sentinel",
+        metavar="CHAR",
         type=one_character,
-        help="a character that no sequence contains, to mark where they end; "
-        r"may be written as \n, \t, \x1f or \u2028 (default: \n, or that of --init_from)",
+        help=r"marks the end; no sequence has it; \t or \x1f can be typed so (default: \n)",
     )
     data.add_argument(
         "--validation_split",
+        metavar="SHARE",
         type=within(float, 0, 0.9),
         default=0.1,
-        help="share of the distinct sequences held out to choose the best epoch; 0 for none",
+        help="held out to choose the best epoch",
     )
 
     network = parser.add_argument_group("network")
     network.add_argument(
         "--units",
+        metavar="N",
         type=within(int, 1, model.LIMITS["units"]),
-        help=f"width of each LSTM layer (default: {UNITS}, or that of --init_from)",
+        help=f"width of each LSTM layer (default: {UNITS})",
     )
     network.add_argument(
         "--layers",
+        metavar="N",
         type=within(int, 1, model.LIMITS["layers"]),
-        help=f"LSTM layers (default: {LAYERS}, or those of --init_from)",
+        help=f"LSTM layers (default: {LAYERS})",
     )
     network.add_argument(
         "--dropout",
+        metavar="SHARE",
         type=within(float, 0, 0.9),
         default=0.3,
-        help="share of each layer's outputs that is dropped while training",
+        help="of the outputs of each layer",
     )
     network.add_argument(
         "--recurrent_dropout",
+        metavar="SHARE",
         type=within(float, 0, 0.9),
         default=0.0,
-        help="share of each layer's outputs hidden from its own next step while training",
+        help="of what a layer reads back",
     )
 
     training = parser.add_argument_group("training")
     training.add_argument(
-        "--batch_size", type=within(int, 1, 2**20), default=32, help="sequences per step"
+        "--batch_size",
+        metavar="N",
+        type=within(int, 1, 2**20),
+        default=32,
+        help="sequences per step",
     )
     epochs = within(int, 1, 50_000)  # more losses would make the metadata too long
     training.add_argument(
-        "--epochs", type=epochs, default=15, help="passes over the data, in total"
+        "--epochs", metavar="N", type=epochs, default=15, help="passes over the data, in total"
     )
     training.add_argument(
         "--learning_rate",
+        metavar="RATE",
         type=within(float, 1e-9, 10),
         default=0.01,
-        help="Adam's initial rate; it falls to 0 along a cosine over all epochs",
+        help="Adam's; decays to 0",
     )
     training.add_argument(
         "--patience",
+        metavar="N",
         type=epochs,
-        help="stop after n epochs without a better validation loss (default: never)",
+        help="stop N epochs after the best (default: never)",
     )
     training.add_argument(
-        "--seed", type=within(int, 0, 2**32 - 1), default=0, help="makes a run repeatable"
+        "--seed",
+        metavar="N",
+        type=within(int, 0, 2**32 - 1),
+        default=0,
+        help="another seed, another model",
     )
     training.add_argument(
         "--distribute",
         action="store_true",
-        help="use all devices of this host or, where Keras's KERAS_DISTRIBUTION_… variables "
-        "are set, of all hosts; needs KERAS_BACKEND=jax",
+        help="use all GPUs or hosts; needs KERAS_BACKEND=jax",
     )
 
     files = parser.add_argument_group("files")
     files.add_argument(
-        "--save_path", default="incognito_model.h5", help="the file to save the model in"
+        "--save_path", metavar="FILE", default="incognito_model.h5", help="the model"
+    )
+    files.add_argument("--init_from", metavar="FILE", help="a model to start from (default: none)")
+    files.add_argument(
+        "--log_dir",
+        metavar="DIR",
+        help="for losses.csv and TensorBoard (default: none)",
     )
     files.add_argument(
-        "--init_from",
-        help="a model to start from instead of from scratch; characters that it does not know "
-        "are added (default: none)",
-    )
-    files.add_argument(
-        "--log_dir", help="a folder for losses.csv and TensorBoard logs (default: none)"
-    )
-    files.add_argument(
-        "--overwrite", action="store_true", help="start over if the file exists already"
+        "--overwrite", action="store_true", help="start over where --save_path exists"
     )
     args = parser.parse_args(arguments)
     if args.patience and not args.validation_split:
