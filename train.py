@@ -19,6 +19,7 @@ import os
 import reprlib
 import shlex
 import signal
+import statistics
 import sys
 import time
 import typing
@@ -1020,12 +1021,11 @@ def as_dataset(stacks):
     return data.with_options(options)
 
 
-def make_callbacks(args, data, metadata, best, leads):
+def make_callbacks(args, metadata, best, leads):
     """Makes what happens at the end of each epoch: a list of Keras callbacks, in this order.
 
     Args:
         args: the command line.
-        data: `Data`.
         metadata: this run's, from `describe`; its history grows.
         best: list of arrays, the weights of the best epoch so far, or None.
         leads: bool, whether this process of a group writes.
@@ -1043,8 +1043,7 @@ def make_callbacks(args, data, metadata, best, leads):
         callbacks.append(CSVLogger(os.path.join(args.log_dir, "losses.csv"), append=continues))
         import_tensorflow()
         callbacks.append(TensorBoard(args.log_dir, write_graph=False))
-    # The bar must end before anything else is printed.
-    return [*callbacks, ProgbarLogger(), make_teller(args, data)]
+    return [*callbacks, ProgbarLogger()]  # the bar must end before anything else is printed
 
 
 def make_saver(args, metadata, best, leads):
@@ -1090,6 +1089,10 @@ def make_teller(args, data):
     from keras.callbacks import Callback
 
     class Teller(Callback):
+        def on_train_begin(self, logs):
+            self.speeds = []
+            print("Compiling, which takes a few seconds", flush=True)
+
         def on_epoch_begin(self, epoch, logs):
             self.start = time.perf_counter()
 
@@ -1097,9 +1100,10 @@ def make_teller(args, data):
             self.seconds = time.perf_counter() - self.start  # without validation and saving
 
         def on_epoch_end(self, epoch, logs):
+            self.speeds.append(len(data.training) / self.seconds)
             if not sys.stdout.isatty():  # on a terminal, Keras's bar has shown this
                 losses = " - ".join(f"{name}: {loss:.4f}" for name, loss in logs.items())
-                speed = f"{len(data.training) / self.seconds:,.0f} sequences/s"
+                speed = f"{self.speeds[-1]:,.0f} sequences/s"
                 print(f"Epoch {epoch + 1}/{args.epochs} - {losses} - {speed}")
             corpus = data.corpus
             current = SequenceModel(corpus.alphabet, corpus.max_len, self.model.get_weights())
@@ -1148,42 +1152,47 @@ def run(args):
         history = broadcast_history(history)
     metadata["history"] = history
     tell_what_was_read(args, data, source)
-    done = len(history["loss"])
+    done, speed = len(history["loss"]), None
     if is_finished(args, history):
         say(f"The run in {args.save_path} is finished, after {done} epochs")
     else:
         if done:
             say(f"Continuing {args.save_path} after epoch {done}")
         try:
-            fit(args, data, source, metadata, best, state, group)
+            speed = fit(args, data, source, metadata, best, state, group)
         except KeyboardInterrupt as stop:
             kept = explain_kept(args, history)
             if history["loss"]:
                 without = " without --overwrite" if args.overwrite else ""
                 kept += f"; the same command{without} continues"
             raise KeyboardInterrupt(stop.args[0], kept) from None
-    tell_what_was_learned(args, data, history)
+    tell_what_was_learned(args, data, history, speed)
 
 
 def fit(args, data, source, metadata, best, state, group):
-    """Trains: builds the network, sets it to an earlier run's state and calls Keras's `fit`."""
+    """Trains: builds the network, sets it to an earlier run's state and calls Keras's `fit`.
+
+    Returns the sequences per second of the median epoch, a float.
+    """
     import_keras()
     import keras
 
     if keras.backend.backend() == "jax" and not args.distribute:
         use_cores(args, data)
     done, (rank, processes) = len(metadata["history"]["loss"]), group
-    callbacks = make_callbacks(args, data, metadata, best, leads=rank == 0)
+    teller = make_teller(args, data)
+    callbacks = make_callbacks(args, metadata, best, leads=rank == 0)
     network = prepare_network(args, data, source)
     set_variables(args, network.variables + network.optimizer.variables, state)
     network.fit(
         **make_data(args, data, done, rank, processes),
         initial_epoch=done,
         epochs=args.epochs,
-        callbacks=callbacks,
+        callbacks=[*callbacks, teller],
         verbose=1 if sys.stdout.isatty() else 0,
         shuffle=False,
     )
+    return statistics.median(teller.speeds)
 
 
 def tell_what_was_read(args, data, source):
@@ -1219,22 +1228,29 @@ def tell_what_was_read(args, data, source):
     print(f"Learning from {count:,} sequences, holding out {held_out:,} for validation{why}")
 
 
-def tell_what_was_learned(args, data, history):
-    """Prints what the file holds, and how to go on."""
-    epoch = len(history["loss"]) - epochs_since_best(history)
-    loss = (history["val_loss"] or history["loss"])[epoch - 1]
-    kind = "validation loss" if history["val_loss"] else "loss"
-    say(
-        f"{args.save_path} holds epoch {epoch}: {kind} {loss:.4f} nats per character, "
-        f"perplexity {model.perplexity(loss):.4g}"
-    )
-    guess = loss_of_frequencies(data)
+def tell_what_was_learned(args, data, history, speed):
+    """Prints a table of what the file holds, and how to go on.
+
+    `speed` is in sequences per second, None if nothing was left to learn.
+    """
+    epochs = len(history["loss"])
+    best = epochs - 1 - epochs_since_best(history)
+    table = {"saved in": args.save_path, "best epoch": f"{best + 1} of {epochs}"}
+    for name, losses in ("loss", history["loss"]), ("validation loss", history["val_loss"]):
+        if losses:
+            perplexity = f"perplexity {model.perplexity(losses[best]):.4g}"
+            table[name] = f"{losses[best]:.4f} nats per character, {perplexity}"
+    if speed:
+        table["speed"] = f"{speed:,.0f} sequences/s"
+    for name, value in table.items():
+        say(f"{name:17}{value}")
+    loss, guess = (history["val_loss"] or history["loss"])[best], loss_of_frequencies(data)
     if loss > guess:
         print(
             f"That is worse than {guess:.4f}, what character frequencies alone would give; "
             "try a lower --learning_rate, more --epochs or more sequences"
         )
-    say(f"Sample from it: python sample.py --weights_path {shlex.quote(args.save_path)}")
+    say(f"Sample from it:  python sample.py --weights_path {shlex.quote(args.save_path)}")
 
 
 def loss_of_frequencies(data):

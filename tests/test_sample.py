@@ -603,10 +603,23 @@ def test_prompts_typed_on_a_terminal_are_answered_in_columns():
         assert finish(child) == ("\r\n", 0)
 
 
-def test_ctrl_c_leaves_quietly():
-    with terminal("sample.py") as child:
+def test_ctrl_c_clears_a_line_and_the_second_at_an_empty_prompt_leaves():
+    with terminal("sample.py", "--num_samples", 1) as child:
         child.expect_exact("> ")
         time.sleep(1)  # Python's readline misses a signal that comes before it waits for keys
+        for line in ("th", "qu"):  # each clears a line, so that they are not two in a row
+            child.send(line)
+            child.expect_exact(line)
+            child.sendintr()
+            child.expect_exact("\r\n> ")
+        child.sendline("x")
+        child.expect(r"x\r\nx\w*\r\n> ")
+        child.sendintr()
+        child.expect_exact("Press Ctrl-C again to leave.\r\n> ")
+        child.sendline("y")  # so that the next is not the second in a row
+        child.expect(r"y\r\ny.*\r\n> ")
+        child.sendintr()
+        child.expect_exact("Press Ctrl-C again to leave.\r\n> ")
         child.sendintr()
         shown, status = finish(child)
     assert "Traceback" not in shown
@@ -623,7 +636,7 @@ def test_ctrl_c_during_a_long_answer_returns_to_the_prompt(change, arguments):
             child.expect_exact("\r\n")
             time.sleep(0.5)
             child.sendintr()
-            child.expect_exact("Stopped. Ctrl-D leaves.\r\n")
+            child.expect_exact("Stopped.\r\n")
         child.expect_exact("> ")
         child.sendeof()
         shown, status = finish(child)

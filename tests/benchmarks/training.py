@@ -160,7 +160,7 @@ def time_ours(folder, path, size, **options):
     command = make_command(folder, path, size)
     with tempfile.TemporaryDirectory() as place:
         shown, _ = run(*command, "--validation_split", "0", folder=place, **options)
-    rates = re.findall(r"([\d,]+) sequences/s", shown)[1:]
+    rates = re.findall(r"- ([\d,]+) sequences/s", shown)[1:]
     return statistics.median(int(rate.replace(",", "")) for rate in rates)
 
 
