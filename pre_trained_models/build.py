@@ -1,23 +1,28 @@
-"""Makes the list of words, the card's figures and the pictures again, here and for the README.
+"""Makes all that stands here, and the README's pictures, from wordfreq and the user names.
 
     python pre_trained_models/build.py [NAME ...]
     python pre_trained_models/build.py --check
 
-A NAME is english_words_5000.txt (the list of user names is taken as given), README.md
-(the card, into which the figures of the shipped files are written), next_character.png,
-sampled1.png, sampled2.png or sampled3.png. Without any, all are made. The pictures need
-matplotlib, the last three pexpect too. --check makes nothing, but fails if the list, or
-what the card says of the shipped files, is not what would be made.
+A NAME is english_words_5000.txt, english_words_5000.h5, user_names_10000.h5, README.md
+(the card, into which the figures of the two models are written), next_character.png,
+sampled1.png, sampled2.png or sampled3.png. Without any, all are made, in that order and
+in about 40 minutes on two cores; what was interrupted continues. Two runs on one machine
+make the same files. tests/requirements.txt has what is needed. --check makes nothing, but
+fails if the list, or what the card says of the models, is not what would be made.
 """
 
 import argparse
+import functools
 import io
 import itertools
 import os
 import pathlib
 import re
 import shlex
+import subprocess
 import sys
+
+import h5py
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -36,7 +41,7 @@ MAKEMORE = {WORDS: (0.8248, 0.8575, 0.2309), NAMES: (0.9999, 0.9998)}
 HABITS = {"a capital letter": "[A-Z]", "a digit": "[0-9]", "a hyphen": "-"}
 # What is typed at the prompt in each picture.
 PICTURES = {"sampled1.png": "A", "sampled2.png": "Al", "sampled3.png": "Sta"}
-SAMPLE = "sample.py --weights_path 'pre_trained_models/user_names_10000.h5'"
+SAMPLE = "sample.py --weights_path 'pre_trained_models/user_names_10000.h5' --seed 1"
 COLUMNS = 96
 ALONG = ("question", "thinking", "although")
 
@@ -59,6 +64,35 @@ def make_list():
         order[place], order[other] = order[other], order[place]
     order = sorted(order[:-500]) + sorted(order[-500:])
     return "".join(words[index] + "\n" for index in order).encode()
+
+
+# The models
+
+
+def make_model(stem):
+    """Returns a model's file, as bytes: runs the card's commands for it in `.build`."""
+    blocks = re.findall(r"(?:^    .*\n)+", CARD.read_text(encoding="utf-8"), re.M)
+    (commands,) = (block for block in blocks if f"{stem}.h5" in block)
+    folder = ROOT / ".build"
+    folder.mkdir(exist_ok=True)
+    for link in ("train.py", "sample.py", "pre_trained_models"):
+        (folder / link).unlink(missing_ok=True)
+        (folder / link).symlink_to(ROOT / link)
+    path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    options = {"cwd": folder, "env": {**os.environ, "PATH": path}}
+    subprocess.run(["bash", "-euc", commands], check=True, **options)
+    return remove_training_state(folder / f"{stem}.h5")
+
+
+def remove_training_state(path):
+    """Returns a model's file, as bytes, without what only continuing to train it needs."""
+    with h5py.File(path) as file, h5py.File(made := io.BytesIO(), "w", libver="latest") as copy:
+        for name, value in file.attrs.items():
+            copy.attrs[name] = value
+        for name in file:
+            if name != model.TRAINING_STATE:
+                file.copy(name, copy)
+    return made.getvalue()
 
 
 # The card
@@ -204,9 +238,11 @@ def draw_next_characters():
 
 def main():
     """Runs the command line."""
-    makers = {LISTS[WORDS]: make_list, CARD: make_card}
+    makers = {LISTS[WORDS]: make_list}
+    makers |= {HERE / f"{stem}.h5": functools.partial(make_model, stem) for stem in LISTS}
+    makers[CARD] = make_card
     makers[HERE / "next_character.png"] = draw_next_characters
-    makers |= {ROOT / name: lambda p=p: make_picture(p) for name, p in PICTURES.items()}
+    makers |= {ROOT / name: functools.partial(make_picture, p) for name, p in PICTURES.items()}
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("names", nargs="*", metavar="NAME")
