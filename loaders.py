@@ -46,8 +46,8 @@ class SequenceLoader:
 
     Example:
 
-    >>> for sequence in SequenceLoader("sequences.txt", max_sequences=1000):
-    ...     print(sequence)
+    >>> list(SequenceLoader("pre_trained_models/english_words_5000.txt", max_sequences=3))
+    ['the', 'to', 'and']
     """
 
     when_empty = "holds no sequences: every line is blank; put one sequence on each line"

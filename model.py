@@ -344,7 +344,9 @@ def build_layers(
 
     Example:
 
-    >>> network = keras.Sequential(build_layers(len(alphabet), units=128, layers=2))
+    >>> network = keras.Sequential(build_layers(27, units=128, layers=2))
+    >>> network.count_params()
+    214939
     """
     from keras import Input
     from keras.initializers import GlorotUniform, Orthogonal
@@ -456,7 +458,8 @@ class SequenceModel:
     Example:
 
     >>> names, _ = load("pre_trained_models/user_names_10000.h5")
-    >>> list(names.sample("Al", count=5, temperature=0.8, seed=1))
+    >>> list(names.sample("Al", count=2, temperature=0.8, seed=1))
+    ['Al...', 'Al...']
     """
 
     def __init__(self, alphabet, max_len, weights):
@@ -619,6 +622,7 @@ class SequenceModel:
         Example:
 
         >>> list(names.sample("Al", count=2, top_k=20, seed=1))
+        ['Al...', 'Al...']
         """
         prompt, max_len, to_probabilities = self.prepare(prompt, max_len, temperature, top_k, top_p)
         key = int(np.random.default_rng(seed).integers(2**63))

@@ -361,7 +361,8 @@ def most_likely(
 
     Example:
 
-    >>> list(most_likely(names, "Al", count=3))
+    >>> list(most_likely(names, "Al", count=2))
+    [(0.0..., 'Al...'), (0.0..., 'Al...')]
     """
     prompt, max_len, to_probabilities = trained.prepare(prompt, max_len, temperature, top_k, top_p)
     return _take_proven(
@@ -413,6 +414,7 @@ def score(trained, sequences, max_len=None):
     Example:
 
     >>> [(text, nats / length) for text, nats, length in score(names, ["Alan", "Xqzj"])]
+    [('Alan', 3...), ('Xqzj', 5...)]
     """
     max_len = trained.max_len if max_len is None else max_len
     iterator = iter(sequences)

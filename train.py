@@ -524,15 +524,15 @@ def make_stacks(corpus, chosen, plan, seed=None, devices=1):
         Tuple `(rows, positions)` of arrays `(rows, depth, steps)`: ids, of the
         type of `corpus.rows`, and int32, as `model.total_loss` takes them.
 
-    Example, five sequences in batches of four, each in two rows:
+    Example, six sequences in batches of three, each in two rows:
 
-    >>> corpus = model.build_corpus(["a", "bb", "ccc", "d", "ee"])
-    >>> rows, positions = next(make_stacks(corpus, np.arange(5), Plan(4, 2, depth=2)))
-    >>> rows[:, 0]  # the first batch: "ccc" and "d", "bb" and "a"
-    array([[3, 3, 3, 0, 4, 0, 0, 0],
+    >>> corpus = model.build_corpus(["a", "bb", "ccc", "d", "ee", "fff"])
+    >>> [(rows, positions)] = make_stacks(corpus, np.arange(6), Plan(3, 2, depth=2))
+    >>> rows[:, 0]  # the first batch: "ccc", and below it "bb" and "a"
+    array([[3, 3, 3, 0, 0, 0, 0, 0],
            [2, 2, 0, 1, 0, 0, 0, 0]], dtype=uint8)
     >>> positions[:, 0]
-    array([[1, 2, 3, 4, 1, 2, 0, 0],
+    array([[1, 2, 3, 4, 0, 0, 0, 0],
            [1, 2, 3, 1, 2, 0, 0, 0]], dtype=int32)
     """
     batch_size, rows, depth = plan

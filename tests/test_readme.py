@@ -7,7 +7,10 @@ import sys
 import pytest
 from conftest import CONTRACT, PRE_TRAINED, ROOT, run
 
+import loaders
 import model
+import sample
+import train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    (.*)$", README, re.M)
@@ -53,13 +56,16 @@ def test_the_python_example_runs():
     assert re.fullmatch(end, process.stdout, re.S)
 
 
-def test_the_example_in_plain_keras_runs(capsys):
+@pytest.mark.parametrize("module", [loaders, model, train, sample])
+def test_the_examples_in_docstrings_run(module, monkeypatch, capsys):
     import keras
 
-    names = {**vars(model), "keras": keras, "path": PRE_TRAINED / "english_words_5000.h5"}
-    example = doctest.DocTestParser().get_doctest(model.save.__doc__, names, "save", None, 0)
-    assert len(example.examples) == 4
-    assert doctest.DocTestRunner().run(example).failed == 0, capsys.readouterr().out
+    monkeypatch.chdir(ROOT)
+    names, _ = model.load(PRE_TRAINED / "user_names_10000.h5")
+    known = {"keras": keras, "path": PRE_TRAINED / "english_words_5000.h5", "names": names}
+    result = doctest.testmod(module, extraglobs=known, optionflags=doctest.ELLIPSIS)
+    assert result.attempted
+    assert not result.failed, capsys.readouterr().out
 
 
 def test_the_top_level_shows_what_it_should():
