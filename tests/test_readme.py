@@ -1,4 +1,5 @@
 import doctest
+import os
 import re
 import shlex
 import subprocess
@@ -54,6 +55,58 @@ def test_the_python_example_runs():
     )
     assert process.returncode == 0, process.stderr
     assert re.fullmatch(end, process.stdout, re.S)
+
+
+# Runs Python, on a smaller network for fewer epochs and samples than a command says.
+SHORTENED = f"""#!/bin/sh
+case "$*" in
+    *train.py*--init_from*) exec {sys.executable} "$@" --epochs 1 ;;
+    *train.py*) exec {sys.executable} "$@" --epochs 1 --units 8 ;;
+    *sample.py*--score*|*sample.py*--most_likely*) exec {sys.executable} "$@" ;;
+    *sample.py*) exec {sys.executable} "$@" --num_samples 50 ;;
+    *) exec {sys.executable} "$@" ;;
+esac
+"""
+
+
+def find_commands(text):
+    """Returns the commands in a Markdown text or a `--help`, with all lines that belong to each."""
+    blocks = re.findall(r"(?:^(?:  |    |      )[^ -].*\n(?:      .*\n)*)+", text, re.M)
+    blocks += re.findall(r"`((?:python|printf) [^`]*)`", text)
+    starts = r"(?=^ *(?:python |printf |for |KERAS_BACKEND))"
+    commands = []
+    for block in blocks:
+        commands += [block] if "done" in block else re.split(starts, block, flags=re.M)
+    return [command for command in commands if re.match(starts, command)]
+
+
+@pytest.mark.slow
+def test_every_command_that_a_user_is_shown_runs(tmp_path):
+    for name in ("train.py", "sample.py", "pre_trained_models"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    names = (PRE_TRAINED / "user_names_10000.csv").read_text(encoding="utf-8").split("\n")[:300]
+    for name in ("names.csv", "other.txt", "few.txt"):
+        (tmp_path / name).write_text("\n".join(names), encoding="utf-8")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(SHORTENED)
+    (tmp_path / "bin" / "python").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    card = (PRE_TRAINED / "README.md").read_text(encoding="utf-8")
+    helps = [run(script, "--help").stdout for script in ("train.py", "sample.py")]
+    for text, least in zip((README, card, *helps), (14, 2, 3, 3)):
+        commands = [c for c in find_commands(text) if not re.search(r"build\.py|benchmarks|…", c)]
+        assert len(commands) >= least
+        for command in commands:
+            process = subprocess.run(
+                ["bash", "-ec", command],
+                cwd=tmp_path,
+                env=environment,
+                input="A\n",
+                text=True,
+                capture_output=True,
+            )
+            assert process.returncode == 0, (command, process.stderr)
+            assert process.stdout or "--output" in command, command
 
 
 @pytest.mark.parametrize("module", [loaders, model, train, sample])
