@@ -212,9 +212,9 @@ def run_lstm(projected, recurrent_kernel, kept):
         projected: float32 tensor `(steps, batch, 4 × units)`: the inputs times
             the kernel, plus the bias.
         recurrent_kernel: float32 tensor `(units, 4 × units)`.
-        kept: pair of float32 tensors that broadcast to `(steps, batch, units)`:
-            what the outputs and the cell of the step before are multiplied by
-            when a step reads them, 0 where a sequence begins.
+        kept: pair of float32 tensors `(steps, batch, units)` or `(steps,
+            batch, 1)`: what the outputs and the cell of the step before are
+            multiplied by when a step reads them, 0 where a sequence begins.
 
     Returns:
         Float32 tensor `(steps, batch, units)`: the outputs.
@@ -285,8 +285,10 @@ def run_lstm(projected, recurrent_kernel, kept):
 def make_lstm_by_hand(units, recurrent_dropout=0.0, **options):
     """Makes a `keras.layers.LSTM` that learns through `run_lstm`.
 
-    Called with a mask, which is False at the first step of each sequence in a
-    row, it starts from zeros there; without one it is Keras's own layer.
+    Called with a mask, it runs `run_lstm`. The mask does not say which steps to
+    skip, as in Keras, but where the state is kept: it is False at the first step
+    of each sequence in a row. Without a mask it is Keras's own layer, without
+    recurrent dropout.
 
     Args:
         units, options: as `keras.layers.LSTM` takes them.
@@ -377,7 +379,7 @@ def build_layers(
 
 
 def total_loss(network, rows, positions, packed, training=False):
-    """Returns the training loss of a batch.
+    """Returns the loss of a batch.
 
     With `s` for the sentinel, the sequence `abc` is read as `sabc` and should
     be predicted as `abcs`. Runs on any backend of Keras, compiled or not.
@@ -386,9 +388,8 @@ def total_loss(network, rows, positions, packed, training=False):
         network: the Keras network.
         rows: int tensor `(rows, steps)`: the ids of sequences and their ends,
             one after the other.
-        positions: int32 tensor of the same shape: how many steps of its
-            sequence each is, from 1, or 0 where there is none, which counts
-            for nothing.
+        positions: int32 tensor of the same shape: each step's place in its
+            sequence, from 1; 0 marks padding, which is ignored.
         packed: bool, whether rows may hold several sequences each; all LSTM
             layers must then be of `make_lstm_by_hand`.
         training: bool, whether dropout is on.
@@ -402,7 +403,7 @@ def total_loss(network, rows, positions, packed, training=False):
     before = ops.pad(rows[:, :-1], [[0, 0], [1, 0]])
     read = ops.one_hot(ops.where(positions == 1, 0, before), network.input_shape[-1])
     mask = positions != 1 if packed else None
-    # Not `network(read, …)`, which would warn that masks end with it.
+    # Not `network(read, …)`, which would warn that it passes no mask on to what follows it.
     predicted = network.call(read, training=training, mask=mask)
     nats = losses.sparse_categorical_crossentropy(rows, predicted)
     return ops.sum(ops.where(positions > 0, nats, 0.0))
@@ -1171,7 +1172,7 @@ def printable(text):
 
 
 def interrupt(number, frame):
-    """Handles a signal by a KeyboardInterrupt with its number."""
+    """Handles a signal by raising a KeyboardInterrupt that carries its number."""
     raise KeyboardInterrupt(number)
 
 

@@ -69,8 +69,8 @@ def parse_arguments(arguments=None):
         metavar="TEXT",
         nargs="+",
         action="extend",
-        help="how the sequences begin ('' for anyhow); answer and exit; write --prompt=-a for "
-        "one that begins with a dash",
+        help="how the sequences begin ('' for any way); answer and exit; write --prompt=-a if "
+        "it begins with a dash",
     )
 
     drawing = parser.add_argument_group("drawing")
@@ -112,13 +112,13 @@ def parse_arguments(arguments=None):
         type=within(int, 0, 2**64 - 1),
         help="make the results repeatable (default: they differ)",
     )
-    drawing.add_argument("--unique", action="store_true", help="no sequence twice")
+    drawing.add_argument("--unique", action="store_true", help="never repeat a sequence")
     drawing.add_argument(
         "--exclude",
         metavar="FILE",
         nargs="+",
         action="extend",
-        help="no sequence that is in these files",
+        help="skip sequences found in these files",
     )
 
     other = parser.add_argument_group("instead of drawing").add_mutually_exclusive_group()
@@ -151,7 +151,7 @@ def parse_arguments(arguments=None):
     for mode, names in UNUSED.items():
         for name in names.split() if getattr(args, mode) is not None else ():
             if getattr(args, name) != parser.get_default(name):
-                parser.error(f"--{mode} has no use for --{name}; omit one of them")
+                parser.error(f"--{mode} can't be combined with --{name}; omit one of them")
     return parser, args
 
 
@@ -524,11 +524,9 @@ def read_sequences(args, flag, path):
 def show(lines, columns):
     """Writes lines, an iterable of str, to stdout, in columns if asked to."""
     lines = iter(lines)
-    if columns:
-        while block := list(itertools.islice(lines, SCREENFUL)):
-            show_in_columns(block)
-    for line in lines:
-        sys.stdout.write(line + "\n")
+    while columns and (block := list(itertools.islice(lines, SCREENFUL))):
+        show_in_columns(block)
+    sys.stdout.writelines(f"{line}\n" for line in lines)
     sys.stdout.flush()
 
 
@@ -594,7 +592,7 @@ def write(path, lines, header):
             if not count:
                 raise  # the old file is worth more
             stopped = stop
-            file.seek(size)  # what was being written
+            file.seek(size)  # drops a half-written line
             file.truncate()
     return count, stopped
 
@@ -632,7 +630,7 @@ def converse(answer):
                 if stopped:
                     return
                 tell("Press Ctrl-C again to leave.")
-                stopped = True
+            stopped = not typed()
             continue
         try:
             answer(prompt)

@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 import typing
+import warnings
 
 import numpy as np
 
@@ -47,7 +48,7 @@ SETTINGS = (
     "dropout", "recurrent_dropout", "batch_size", "learning_rate", "validation_split", "seed"
 )  # fmt: skip
 SHOWN = 8  # sequences that are invented after each epoch
-LINE_WIDTH = 100  # characters of a line that shows them
+LINE_WIDTH = 100  # characters that are shown of each
 LARGEST_NETWORK = 2**30  # weights; Adam and the best epoch take four times as many numbers
 SEQUENCES_PER_ROW = 4  # with fewer, rows are less equally long; with more, products are too small
 OPERATIONS_PER_DEVICE = 3 * 10**7  # of a batch: with fewer, dividing it gains nothing
@@ -97,7 +98,7 @@ def parse_arguments(arguments=None):
         "--sentinel",
         metavar="CHAR",
         type=one_character,
-        help=r"marks the end; no sequence has it; \t or \x1f can be typed so (default: \n)",
+        help=r"end mark, in no sequence; can be \t (default: \n)",
     )
     data.add_argument(
         "--validation_split",
@@ -141,7 +142,7 @@ def parse_arguments(arguments=None):
         metavar="N",
         type=within(int, 1, 2**20),
         default=32,
-        help="sequences per step",
+        help="sequences per update of the weights",
     )
     epochs = within(int, 1, 50_000)  # more losses would make the metadata too long
     training.add_argument(
@@ -165,7 +166,7 @@ def parse_arguments(arguments=None):
         metavar="N",
         type=within(int, 0, 2**32 - 1),
         default=0,
-        help="another seed, another model",
+        help="a different seed gives a different model",
     )
     training.add_argument(
         "--distribute",
@@ -199,7 +200,9 @@ def one_character(text):
     """The `argparse` type of `--sentinel`, which takes the escapes of Python."""
     character = text
     if text.startswith("\\") and text.isascii():
-        with contextlib.suppress(UnicodeDecodeError):
+        missing = UnicodeDecodeError, DeprecationWarning  # of an escape that doesn't exist
+        with contextlib.suppress(*missing), warnings.catch_warnings():
+            warnings.simplefilter("error")
             character = text.encode().decode("unicode_escape")
     character = compose(character)
     if len(character) != 1 or "\ud800" <= character <= "\udfff":
@@ -478,11 +481,11 @@ def is_finished(args, history):
 
 
 class Plan(typing.NamedTuple):
-    """How sequences are cut into stacks.
+    """How sequences are grouped into batches, and these into stacks, which `fit` takes one by one.
 
     Attributes:
-        batch_size: int, sequences of a batch.
-        rows: int, what these are packed into.
+        batch_size: int, sequences of a batch at most.
+        rows: int, how many rows a batch is packed into.
         depth: int, batches of a stack: enough that what a call costs in
             Python is lost in the work, and few enough that progress and
             Ctrl-C are not kept waiting.
@@ -501,7 +504,7 @@ def count_operations(args, corpus):
 
 
 def plan_stacks(args, corpus, count, batch_size, packed):
-    """Returns a `Plan` for so many sequences of a `Corpus`, `packed` if rows may hold several."""
+    """Returns a `Plan` for `count` sequences; `packed` tells whether rows may hold several."""
     batch_size = min(batch_size, count)
     operations = count_operations(args, corpus) * batch_size
     depth = max(1, min(64, math.ceil(count / batch_size), 2 * 10**11 // operations))
@@ -510,25 +513,26 @@ def plan_stacks(args, corpus, count, batch_size, packed):
 
 
 def make_stacks(corpus, chosen, plan, seed=None, devices=1):
-    """Cuts sequences into batches, packs these into rows and stacks them.
+    """Groups sequences into batches, packs each batch into rows, and stacks like ones.
 
     Args:
         corpus: `model.Corpus`.
         chosen: int array, the indices of the sequences to take.
         plan: `Plan`.
         seed: what `numpy.random.default_rng` takes, to shuffle the sequences;
-            None leaves them as they are.
-        devices: int, the number of rows is a multiple of this.
+            None groups them the same way each time.
+        devices: int, the number of rows is rounded up to a multiple of this.
 
     Yields:
-        Tuple `(rows, positions)` of arrays `(rows, depth, steps)`: ids, of the
-        type of `corpus.rows`, and int32, as `model.total_loss` takes them.
+        Tuple `(ids, positions)` of arrays `(rows, depth, steps)`, of the type of
+        `corpus.rows` and int32: along the second axis, one batch after another
+        as `model.total_loss` takes them. A stack that is not full ends in zeros.
 
     Example, six sequences in batches of three, each in two rows:
 
     >>> corpus = model.build_corpus(["a", "bb", "ccc", "d", "ee", "fff"])
-    >>> [(rows, positions)] = make_stacks(corpus, np.arange(6), Plan(3, 2, depth=2))
-    >>> rows[:, 0]  # the first batch: "ccc", and below it "bb" and "a"
+    >>> [(ids, positions)] = make_stacks(corpus, np.arange(6), Plan(3, 2, depth=2))
+    >>> ids[:, 0]  # the first batch: "ccc", and below it "bb" and "a"
     array([[3, 3, 3, 0, 0, 0, 0, 0],
            [2, 2, 0, 1, 0, 0, 0, 0]], dtype=uint8)
     >>> positions[:, 0]
@@ -538,14 +542,14 @@ def make_stacks(corpus, chosen, plan, seed=None, devices=1):
     batch_size, rows, depth = plan
     batches = deal(corpus.lengths, chosen, batch_size, seed)
     for start in range(0, len(batches), depth):
-        packed = [pack(corpus.lengths, batch, rows) for batch in batches[start : start + depth]]
-        steps = max(end for places in packed for *_, end in places)
-        # Each number of steps has to be compiled.
+        stack = [pack(corpus.lengths, batch, rows) for batch in batches[start : start + depth]]
+        steps = max(end for places in stack for *_, end in places)
+        # Rounded up, because each new shape is compiled anew.
         shape = math.ceil(rows / devices) * devices, depth, math.ceil(steps / 4) * 4
         ids, positions = np.zeros(shape, corpus.rows.dtype), np.zeros(shape, np.int32)
-        for batch, places in enumerate(packed):
+        for batch, places in enumerate(stack):
             for sequence, row, begin, end in places:
-                text = corpus.rows[sequence, : end - begin]
+                text = corpus.rows[sequence, : end - begin]  # the end mark, 0, may lie beyond
                 ids[row, batch, begin : begin + len(text)] = text
                 positions[row, batch, begin:end] = np.arange(1, end - begin + 1)
         yield ids, positions
@@ -554,9 +558,11 @@ def make_stacks(corpus, chosen, plan, seed=None, devices=1):
 def deal(lengths, chosen, batch_size, seed):
     """Deals sequences out to batches so that each gets long and short ones alike.
 
-    Of the shortest, every batch gets one at random, of the next shortest another
-    one, and so on. So each has nearly the same number of characters and needs
-    the same number of steps. Returns a list of lists of indices, in that order.
+    Each batch gets one of the shortest sequences, one of the next shortest, and
+    so on, which one is random unless the seed is None. So all have nearly the
+    same number of characters and need the same number of steps. None has more
+    than `batch_size` sequences, or two fewer than another. Returns a list of
+    lists of indices, the shortest sequence of each batch first.
     """
     rng = np.random.default_rng(seed)
     order = chosen if seed is None else rng.permutation(chosen)
@@ -569,7 +575,7 @@ def deal(lengths, chosen, batch_size, seed):
 
 
 def pack(lengths, batch, rows):
-    """Puts each sequence of a batch, the longest first, into the row that has most room left.
+    """Puts each sequence of a batch, the longest first, into the row that is shortest so far.
 
     So the rows get about equally long, and little of a batch is padding.
     Returns a list of tuples `(sequence, row, begin, end)`.
@@ -663,8 +669,8 @@ def make_tensorflow_network(layers, scale, packed):
     Args:
         layers: list of Keras layers, as `model.build_layers` returns it.
         scale: float, what an optimizer step multiplies the sum of losses by.
-        packed: bool, whether the rows to learn from hold several sequences
-            each; then XLA compiles that. Those to validate with never do.
+        packed: bool, whether rows hold several sequences each in training,
+            which XLA then compiles; in validation they hold one each.
 
     Returns:
         A `keras.Sequential` for `fit` on what `make_stacks` yields. Its loss
@@ -760,7 +766,10 @@ def make_jax_network(layers, scale, packed):
 
 
 def count_targets(stack):
-    """Returns how many batches of a stack are real, an int tensor, and its targets, float32."""
+    """Returns how many batches of a stack are not empty, an int tensor, and its targets, float32.
+
+    The empty ones come last.
+    """
     from keras import ops
 
     targets = ops.sum(ops.cast(stack[1] > 0, "int32"), axis=(0, 2))
@@ -770,9 +779,9 @@ def count_targets(stack):
 def learns_by_hand(args):
     """Tells whether training goes through `model.run_lstm`, which on TensorFlow needs XLA.
 
-    On a CPU that is faster, unless TensorFlow has large batches, for which its
-    own products use all cores. On a GPU an LSTM is one call of cuDNN, which
-    knows no recurrent dropout and can't be divided among devices.
+    That is faster on a CPU, except on TensorFlow with large batches, for which
+    its own products use all cores. On a GPU an LSTM is one call of cuDNN, which
+    doesn't support recurrent dropout and can't be divided among devices.
     """
     import keras
 
@@ -867,9 +876,10 @@ def count_cores():
 
 
 def use_cores(args, data):
-    """Makes a device of each core that has enough to do, among which Keras on JAX divides a batch.
+    """Gives each usable core a device, so that Keras on JAX divides batches among them.
 
-    Within a device XLA keeps to about one core.
+    Within a device XLA keeps to about one core. Small batches get fewer devices,
+    each at least two rows.
     """
     import jax
     import keras
@@ -877,7 +887,7 @@ def use_cores(args, data):
     operations = count_operations(args, data.corpus) * args.batch_size
     rows = plan_stacks(args, data.corpus, len(data.training), args.batch_size, packed=True).rows
     count = max(1, min(count_cores(), rows // 2, operations // OPERATIONS_PER_DEVICE))
-    # What dropout draws depends on the number of rows, which must not depend on the machine.
+    # So that no rows are added: what dropout draws must not depend on the number of cores.
     count = max(divisor for divisor in range(1, count + 1) if rows % divisor == 0)
     if count > 1:
         jax.config.update("jax_num_cpu_devices", count)
@@ -969,7 +979,7 @@ def set_variables(args, variables, state):
 def make_data(args, data, first_epoch, rank, processes):
     """Makes `fit`'s arguments for the data and the steps per epoch.
 
-    The data are endless; where an epoch ends is told by the steps.
+    The data are endless; the numbers of steps say where an epoch ends.
     """
     import keras
 
@@ -1000,7 +1010,7 @@ def make_data(args, data, first_epoch, rank, processes):
         data.training, True, args.batch_size, packed
     )
     if len(data.held_out):
-        # On TensorFlow as `predict` would: to compile the forward pass takes longer than it saves.
+        # On TensorFlow, compiling the forward pass would take longer than it saves.
         packed, batch_size = packed and backend == "jax", max(256, args.batch_size)
         arguments["validation_data"], arguments["validation_steps"] = feed(
             data.held_out, False, batch_size, packed

@@ -170,8 +170,11 @@ def test_temperature_and_max_len_are_obeyed():
         ("--prompt x\u0302", "--prompt: the model never saw U+0302 within"),
         ("--prompt a B c", "--prompt: the model never saw 'B'"),
         ("--most_likely 3 --score text.h5", "not allowed with argument"),
-        ("--most_likely 3 --seed 1", "--most_likely has no use for --seed; omit one of them"),
-        ("--score x --prompt ''", "--score has no use for --prompt"),
+        (
+            "--most_likely 3 --seed 1",
+            "--most_likely can't be combined with --seed; omit one of them",
+        ),
+        ("--score x --prompt ''", "--score can't be combined with --prompt"),
         ("--score missing", "--score: can't read missing: No such file"),
         ("--score latin.txt", "--score: latin.txt, line 1: byte 0xe9 is not UTF-8"),
         ("--exclude none.csv", "--exclude: can't read none.csv: No such"),
