@@ -31,7 +31,7 @@ EXAMPLES = r"""examples:
   python sample.py --prompt '' --num_samples 1000 --unique --output new.txt
   printf 'th\nqu\n' | python sample.py --most_likely 3
 
-On a terminal it asks for prompts; from a pipe, each line is one. Results go to
+On a terminal it asks for prompts; from a pipe, each line is a prompt. Results go to
 stdout, everything else to stderr.
 """
 ENGLISH_WORDS = (
@@ -62,14 +62,14 @@ def parse_arguments(arguments=None):
         "--weights_path",
         metavar="FILE",
         default=str(ENGLISH_WORDS),
-        help="the model (default: the English words that come with it)",
+        help="the model (default: the bundled English words)",
     )
     source.add_argument(
         "--prompt",
         metavar="TEXT",
         nargs="+",
         action="extend",
-        help="how the sequences begin ('' for any way); answer and exit; write --prompt=-a if "
+        help="how the sequences begin ('' for any beginning); answer and exit; write --prompt=-a if "
         "it begins with a dash",
     )
 
@@ -145,7 +145,7 @@ def parse_arguments(arguments=None):
     files.add_argument(
         "--output",
         metavar="FILE",
-        help="write the results here, with a header if it ends in .csv; Ctrl-C keeps those so far",
+        help="write the results here, with a header if it ends in .csv; Ctrl-C keeps what is done",
     )
     args = parser.parse_args(arguments)
     for mode, names in UNUSED.items():

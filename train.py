@@ -39,8 +39,8 @@ EXAMPLES = """examples:
   python train.py --sequence_path pre_trained_models/english_words_5000.txt \\
       --init_from names.h5 --save_path tuned.h5
 
-The same command again continues an interrupted run, a larger --epochs a finished
-one. Ctrl-C stops and keeps the last whole epoch.
+The same command again continues an interrupted run; a larger --epochs extends a
+finished one. Ctrl-C stops and keeps the run up to its last whole epoch.
 """
 UNITS, LAYERS, SENTINEL = 128, 2, "\n"
 # What makes two runs the same run, besides their data and network.
@@ -98,7 +98,7 @@ def parse_arguments(arguments=None):
         "--sentinel",
         metavar="CHAR",
         type=one_character,
-        help=r"end mark, in no sequence; can be \t (default: \n)",
+        help=r"end mark, not in any sequence; may be \t (default: \n)",
     )
     data.add_argument(
         "--validation_split",
@@ -126,7 +126,7 @@ def parse_arguments(arguments=None):
         metavar="SHARE",
         type=within(float, 0, 0.9),
         default=0.3,
-        help="of the outputs of each layer",
+        help="of each layer's outputs to drop",
     )
     network.add_argument(
         "--recurrent_dropout",
@@ -184,9 +184,7 @@ def parse_arguments(arguments=None):
         metavar="DIR",
         help="for losses.csv and TensorBoard (default: none)",
     )
-    files.add_argument(
-        "--overwrite", action="store_true", help="start over where --save_path exists"
-    )
+    files.add_argument("--overwrite", action="store_true", help="start over if --save_path exists")
     args = parser.parse_args(arguments)
     if args.patience and not args.validation_split:
         parser.error(
