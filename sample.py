@@ -31,8 +31,8 @@ EXAMPLES = r"""examples:
   python sample.py --prompt '' --num_samples 1000 --unique --output new.txt
   printf 'th\nqu\n' | python sample.py --most_likely 3
 
-On a terminal it asks for prompts; from a pipe, each line is a prompt. Results go to
-stdout, everything else to stderr.
+On a terminal it asks for prompts; from a pipe, each line is a prompt. Results
+go to stdout, everything else to stderr.
 """
 ENGLISH_WORDS = (
     pathlib.Path(__file__).resolve().parent / "pre_trained_models" / "english_words_5000.h5"
@@ -69,8 +69,8 @@ def parse_arguments(arguments=None):
         metavar="TEXT",
         nargs="+",
         action="extend",
-        help="how the sequences begin ('' for any beginning); answer and exit; write --prompt=-a if "
-        "it begins with a dash",
+        help="how the sequences begin ('' for any beginning); answer and exit; write --prompt=-a "
+        "for a dash",
     )
 
     drawing = parser.add_argument_group("drawing")

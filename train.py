@@ -98,7 +98,7 @@ def parse_arguments(arguments=None):
         "--sentinel",
         metavar="CHAR",
         type=one_character,
-        help=r"end mark, not in any sequence; may be \t (default: \n)",
+        help=r"end mark, in no sequence; may be \t (default: \n)",
     )
     data.add_argument(
         "--validation_split",
