@@ -414,7 +414,7 @@ def score(trained, sequences, max_len=None):
     Example:
 
     >>> [(text, nats / length) for text, nats, length in score(names, ["Alan", "Xqzj"])]
-    [('Alan', 3...), ('Xqzj', 5...)]
+    [('Alan', 2.9...), ('Xqzj', 4.6...)]
     """
     max_len = trained.max_len if max_len is None else max_len
     iterator = iter(sequences)

@@ -208,7 +208,7 @@ def test_names_of_files_can_not_steer_the_terminal(tmp_path):
     shown, status = finish(child)
     assert status == 0
     shown = shown.decode()
-    assert r"\x1b]0;title\x07\x9b2J\u202e\udcff.h5 " in shown
+    assert r"\x1b]0;title\x07\x9b2J\u202e\udcff.h5" in shown
     bar = re.compile("\x1b\\[[0-9;]*m|\b")  # Keras's own
     assert "".join(bar.sub("", shown).split()).isprintable()
     model.load(folder / f"{name}.h5")
