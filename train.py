@@ -1023,13 +1023,14 @@ def as_dataset(stacks):
     first = next(stacks)
     signature = tuple(tf.TensorSpec([*array.shape[:2], None], array.dtype) for array in first)
     stacks = itertools.chain([first], stacks)
-    data = tf.data.Dataset.from_generator(lambda: stacks, output_signature=signature).prefetch(2)
+    # Not prefetched: at Ctrl-C, Python and the thread that does it can wait for each other forever.
+    data = tf.data.Dataset.from_generator(lambda: stacks, output_signature=signature)
     options = tf.data.Options()
     options.autotune.enabled = False  # its thread can take two seconds to end
     return data.with_options(options)
 
 
-def make_callbacks(args, metadata, best, leads):
+def make_callbacks(args, metadata, best, leads, teller):
     """Makes what happens at the end of each epoch: a list of Keras callbacks, in this order.
 
     Args:
