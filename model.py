@@ -199,7 +199,7 @@ def build_corpus(sequences, sentinel="\n", max_len=None, characters=""):
 # 2. The Keras network
 
 
-def run_lstm(projected, recurrent_kernel, kept):
+def run_lstm(projected, recurrent_kernel, kept_hidden, kept_cell):
     """Runs an LSTM over rows of whole sequences, from a state of zeros, differentiably.
 
     The gradient is that of backpropagation through time (Werbos 1990).
@@ -212,9 +212,10 @@ def run_lstm(projected, recurrent_kernel, kept):
         projected: float32 tensor `(steps, batch, 4 × units)`: the inputs times
             the kernel, plus the bias.
         recurrent_kernel: float32 tensor `(units, 4 × units)`.
-        kept: pair of float32 tensors `(steps, batch, units)` or `(steps,
-            batch, 1)`: what the outputs and the cell of the step before are
-            multiplied by when a step reads them, 0 where a sequence begins.
+        kept_hidden, kept_cell: float32 tensors `(steps, batch, units)` or
+            `(steps, batch, 1)`: what the outputs and the cell of the step
+            before are multiplied by when a step reads them, 0 where a sequence
+            begins.
 
     Returns:
         Float32 tensor `(steps, batch, units)`: the outputs.
@@ -223,7 +224,6 @@ def run_lstm(projected, recurrent_kernel, kept):
 
     steps, batch, _ = ops.shape(projected)
     units = recurrent_kernel.shape[0]
-    kept_hidden, kept_cell = kept
 
     def put(array, step, value):
         return ops.slice_update(array, (step, 0, 0), value[None])
@@ -314,7 +314,7 @@ def make_lstm_by_hand(units, recurrent_dropout=0.0, **options):
                 dropped = random.dropout(ones, recurrent_dropout, seed=self.cell.seed_generator)
                 kept_hidden = kept_cell * dropped
             kernel = ops.convert_to_tensor(self.cell.recurrent_kernel)
-            hidden = ops.transpose(run_lstm(projected, kernel, (kept_hidden, kept_cell)), (1, 0, 2))
+            hidden = ops.transpose(run_lstm(projected, kernel, kept_hidden, kept_cell), (1, 0, 2))
             return hidden[:, -1], hidden, initial_state  # nothing uses the last state
 
     # An LSTM of cuDNN can't be divided among devices.

@@ -626,11 +626,12 @@ def converse(answer):
             tell("")
             if stop.args != (signal.SIGINT,):
                 raise
-            if not typed():
-                if stopped:
-                    return
+            empty = not typed()
+            if empty and stopped:
+                return
+            if empty:
                 tell("Press Ctrl-C again to leave.")
-            stopped = not typed()
+            stopped = empty
             continue
         try:
             answer(prompt)

@@ -511,7 +511,7 @@ def plan_stacks(args, corpus, count, batch_size, packed):
 
 
 def make_stacks(corpus, chosen, plan, seed=None, devices=1):
-    """Groups sequences into batches, packs each batch into rows, and stacks like ones.
+    """Groups sequences into batches, packs each batch into rows, and stacks the batches.
 
     Args:
         corpus: `model.Corpus`.
@@ -1038,6 +1038,7 @@ def make_callbacks(args, metadata, best, leads, teller):
         metadata: this run's, from `describe`; its history grows.
         best: list of arrays, the weights of the best epoch so far, or None.
         leads: bool, whether this process of a group writes.
+        teller: the last of them, from `make_teller`.
     """
     from keras.callbacks import CSVLogger, ProgbarLogger, TensorBoard, TerminateOnNaN
 
@@ -1052,7 +1053,8 @@ def make_callbacks(args, metadata, best, leads, teller):
         callbacks.append(CSVLogger(os.path.join(args.log_dir, "losses.csv"), append=continues))
         import_tensorflow()
         callbacks.append(TensorBoard(args.log_dir, write_graph=False))
-    return [*callbacks, ProgbarLogger()]  # the bar must end before anything else is printed
+    # The bar must end before anything else is printed.
+    return [*callbacks, ProgbarLogger(), teller]
 
 
 def make_saver(args, metadata, best, leads):
@@ -1190,14 +1192,14 @@ def fit(args, data, source, metadata, best, state, group):
         use_cores(args, data)
     done, (rank, processes) = len(metadata["history"]["loss"]), group
     teller = make_teller(args, data)
-    callbacks = make_callbacks(args, metadata, best, leads=rank == 0)
+    callbacks = make_callbacks(args, metadata, best, rank == 0, teller)
     network = prepare_network(args, data, source)
     set_variables(args, network.variables + network.optimizer.variables, state)
     network.fit(
         **make_data(args, data, done, rank, processes),
         initial_epoch=done,
         epochs=args.epochs,
-        callbacks=[*callbacks, teller],
+        callbacks=callbacks,
         verbose=1 if sys.stdout.isatty() else 0,
         shuffle=False,
     )

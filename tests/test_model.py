@@ -142,7 +142,7 @@ def test_the_gradient_worked_out_by_hand_is_that_of_the_plain_recurrence(dropped
     kept_cell = tf.constant(rng.choice([0, 1], (steps, batch, 1)), "float32")
     kept_hidden = kept_cell * rng.choice([0, 2], (batch, units)) if dropped else kept_cell
 
-    def plain(projected, kernel, kept):
+    def plain(projected, kernel, kept_hidden, kept_cell):
         hidden = cell = tf.zeros((batch, units))
         outputs = []
         for step in range(steps):
@@ -156,7 +156,7 @@ def test_the_gradient_worked_out_by_hand_is_that_of_the_plain_recurrence(dropped
     def differentiate(function, projected):
         with tf.GradientTape() as tape:
             tape.watch([projected, kernel])
-            outputs = function(projected, kernel, (kept_hidden, kept_cell))
+            outputs = function(projected, kernel, kept_hidden, kept_cell)
             total = tf.reduce_sum(outputs * weights)
         return [outputs, *tape.gradient(total, [projected, kernel])]
 
