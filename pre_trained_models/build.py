@@ -5,13 +5,14 @@
 
 A NAME is english_words_5000.txt, english_words_5000.h5, user_names_10000.h5, README.md
 (the card, into which the figures of the two models are written), next_character.png,
-sampled1.png, sampled2.png or sampled3.png. Without any, all are made, in that order and
-in about 40 minutes on two cores; what was interrupted continues. Two runs on one machine
-make the same files. tests/requirements.txt has what is needed. --check makes nothing, but
-fails if the list, or what the card says of the models, is not what would be made.
+sampled1.png, sampled2.png or sampled3.png. Without any, all are made, in that order,
+the two models side by side, in less than forty minutes on two cores; what was interrupted
+continues. tests/requirements.txt has what is needed. --check makes nothing, but fails if
+the list, or what the card says of the models, is not what would be made.
 """
 
 import argparse
+import concurrent.futures
 import functools
 import io
 import itertools
@@ -70,7 +71,10 @@ def make_list():
 
 
 def make_model(stem):
-    """Returns a model's file, as bytes: runs the card's commands for it in `.build`."""
+    """Returns a model's file, as bytes: runs the card's commands for it in `.build`.
+
+    What they print is printed with the model's name, since two run side by side.
+    """
     blocks = re.findall(r"(?:^    .*\n)+", CARD.read_text(encoding="utf-8"), re.M)
     (commands,) = (block for block in blocks if f"{stem}.h5" in block)
     folder = ROOT / ".build"
@@ -79,8 +83,13 @@ def make_model(stem):
         (folder / link).unlink(missing_ok=True)
         (folder / link).symlink_to(ROOT / link)
     path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    options = {"cwd": folder, "env": {**os.environ, "PATH": path}}
-    subprocess.run(["bash", "-euc", commands], check=True, **options)
+    options = {"cwd": folder, "env": {**os.environ, "PATH": path}, "text": True}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(["bash", "-euc", commands], **options, **output) as shell:
+        for line in shell.stdout:
+            print(f"{stem}: {line}", end="")
+    if shell.returncode:
+        raise SystemExit(f"{stem}: a command of the card failed")
     return remove_training_state(folder / f"{stem}.h5")
 
 
@@ -208,12 +217,12 @@ def make_picture(prompt):
 
 def draw_next_characters():
     """Returns a PNG, as bytes, of what the words model expects after each letter of some words."""
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     trained, _ = model.load(HERE / f"{WORDS}.h5")
     shown = 6
-    figure, axes = pyplot.subplots(1, len(ALONG), figsize=(12, 3.2), layout="constrained")
-    for axis, word in zip(axes, ALONG):
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    for axis, word in zip(figure.subplots(1, len(ALONG)), ALONG):
         read = (trained.read_prompt(word[:end])[0][0] for end in range(len(word) + 1))
         likely = [sorted(zip(model.distribution(row), itertools.count()))[::-1] for row in read]
         shades = zip(*([shade for shade, _ in row[:shown]] for row in likely))
@@ -238,28 +247,35 @@ def draw_next_characters():
 
 def main():
     """Runs the command line."""
-    makers = {LISTS[WORDS]: make_list}
-    makers |= {HERE / f"{stem}.h5": functools.partial(make_model, stem) for stem in LISTS}
-    makers[CARD] = make_card
-    makers[HERE / "next_character.png"] = draw_next_characters
-    makers |= {ROOT / name: functools.partial(make_picture, p) for name, p in PICTURES.items()}
+    stages = [  # what is made side by side, after all that it needs
+        {LISTS[WORDS]: make_list},
+        {HERE / f"{stem}.h5": functools.partial(make_model, stem) for stem in LISTS},
+        {CARD: make_card, HERE / "next_character.png": draw_next_characters},
+        {ROOT / name: functools.partial(make_picture, text) for name, text in PICTURES.items()},
+    ]
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--check", action="store_true", help="make nothing, but check the card")
     args = parser.parse_args()
-    if unknown := {*args.names} - {path.name for path in makers}:
+    if unknown := {*args.names} - {path.name for stage in stages for path in stage}:
         parser.error(f"there is no {unknown.pop()}")
     if args.check:
         if make_list() != LISTS[WORDS].read_bytes():
             sys.exit(f"{LISTS[WORDS].name} is not the list that wordfreq gives")
         sys.exit(find_difference(CARD.read_text(encoding="utf-8"), make_card().decode()))
-    for path, make in makers.items():
-        if not args.names or path.name in args.names:
-            made = make()
-            with model.replacing(path) as file:
-                file.write(made)
-            print(f"Made {path.name}")
+    for stage in stages:
+        chosen = {path: stage[path] for path in stage if not args.names or path.name in args.names}
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            list(pool.map(write, chosen, chosen.values()))
+
+
+def write(path, make):
+    """Writes the bytes that a function returns to a file."""
+    made = make()
+    with model.replacing(path) as file:
+        file.write(made)
+    print(f"Made {path.name}")
 
 
 if __name__ == "__main__":
