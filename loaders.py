@@ -15,7 +15,7 @@ import unicodedata
 import zlib
 
 LONGEST_LINE = 2**20  # characters; a file with a longer line is not a list of sequences
-UNDECODED = re.compile("[\0\udc80-\udcff]")  # what "surrogateescape" makes of bytes; and NUL
+UNDECODED = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of bytes
 
 
 class SequenceLoader:
@@ -51,7 +51,7 @@ class SequenceLoader:
     """
 
     when_empty = "holds no sequences: every line is blank; put one sequence on each line"
-    header, uneven = None, 0  # which only a CSV has
+    header, uneven = None, 0  # set only by UserNameLoader
 
     def __init__(self, path, max_sequences=None):
         self.path = path
@@ -76,6 +76,11 @@ class SequenceLoader:
                 # By content, since downloads and copies may lose the suffix.
                 if file.peek(2).startswith(b"\x1f\x8b"):
                     file = gzip.GzipFile(fileobj=file)
+                if file.peek(4).startswith((b"\x89HDF", b"PK\3\4")):
+                    raise ValueError(
+                        f"{self.path} is a model or a spreadsheet, not text; pass a text file "
+                        'with one sequence per line, or save the spreadsheet as "CSV UTF-8".'
+                    )
                 utf_16 = file.peek(2).startswith((b"\xff\xfe", b"\xfe\xff"))
                 encoding = "utf-16" if utf_16 else "utf-8-sig"
                 text = io.TextIOWrapper(file, encoding, "surrogateescape", newline="")
@@ -90,19 +95,20 @@ class SequenceLoader:
             raise ValueError(f"{self.path} is damaged gzip: {error}.") from None
 
     def _check(self, line):
+        if "\0" in line:
+            raise self._error(
+                "a NUL character, so this is not UTF-8 text; UTF-16 needs a byte order mark"
+            )
         if undecoded := UNDECODED.search(line):
-            raise self._not_text(ord(undecoded[0]) & 0xFF)
+            raise self._error(
+                f"byte {ord(undecoded[0]) & 0xFF:#04x} is not UTF-8 text; convert the file, for "
+                f"example with iconv -f LATIN1 -t UTF-8 {shlex.quote(os.fspath(self.path))}, or "
+                'save a spreadsheet as "CSV UTF-8"'
+            )
         if len(line) == LONGEST_LINE:
             raise self._error(
                 f"at least {LONGEST_LINE:,} characters long; pass a file with one sequence per line"
             )
-
-    def _not_text(self, byte):
-        return self._error(
-            f"byte {byte:#04x} is not UTF-8 text; convert the file, for example with "
-            f"iconv -f LATIN1 -t UTF-8 {shlex.quote(os.fspath(self.path))}, or save a spreadsheet "
-            'as "CSV UTF-8"'
-        )
 
     def _error(self, reason):
         return ValueError(f"{self.path}, line {self.line}: {reason}.")
@@ -203,7 +209,7 @@ class UserNameLoader(SequenceLoader):
 
 
 def compose(text):
-    """Returns a text in which every character that has a composed form is composed (NFC)."""
+    """Returns a str in Unicode's composed form, NFC."""
     return text if text.isascii() else unicodedata.normalize("NFC", text)
 
 

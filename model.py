@@ -18,6 +18,7 @@ that Keras saves again lacks both.
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import functools
 import io
 import json
@@ -38,9 +39,9 @@ READABLE_FORMATS = (1, 2)  # in 1 an unfinished run had taken its batches in ano
 DEFAULT_MAX_LEN = 64  # characters kept of a sequence unless the user says otherwise
 LARGEST_CORPUS = 2**33  # bytes that the encoded sequences may take
 LARGEST_BATCH = 2048  # sequences invented at a time: more would overflow the CPU's cache
-DRAWS = 32  # random numbers that are made at a time for each of them
+DRAWS = 32  # random numbers that are drawn at a time for each sequence
 LIMITS = {"alphabet": 2**18, "max_len": 2**16, "units": 2**13, "layers": 2**6}  # upper limits
-LARGEST_WEIGHT = 1e30  # sums of as many as there can be are still finite
+LARGEST_WEIGHT = 1e30  # far above any trained weight; sums of such products stay finite
 METADATA = "sequence_model"  # the root attribute that holds what Keras has no place for
 METADATA_SIZE = 2**22  # its maximum size in bytes: parsed JSON can take 30 times as much
 TRAINING_STATE = "training_state"  # the group that holds what continuing needs
@@ -118,7 +119,7 @@ class Corpus:
         rows: array `(sequences, longest)`, of the smallest unsigned integer
             type that holds the alphabet: the ids of each sequence's
             characters, padded with 0, the sentinel.
-        lengths: int32 array `(sequences,)`: how many steps of each row count,
+        lengths: int32 array `(sequences,)`: how many steps of each row are targets,
             one per character and one for the end mark, which a sequence that
             was cut does not have.
         complete: bool array `(sequences,)`, False where the sequence was
@@ -378,7 +379,7 @@ def build_layers(
     return built
 
 
-def total_loss(network, rows, positions, packed, training=False):
+def total_loss(network, ids, positions, packed, training=False):
     """Returns the loss of a batch.
 
     With `s` for the sentinel, the sequence `abc` is read as `sabc` and should
@@ -386,8 +387,8 @@ def total_loss(network, rows, positions, packed, training=False):
 
     Args:
         network: the Keras network.
-        rows: int tensor `(rows, steps)`: the ids of sequences and their ends,
-            one after the other.
+        ids: int tensor `(rows, steps)`: those of the characters and ends of
+            sequences, one after the other.
         positions: int32 tensor of the same shape: each step's place in its
             sequence, from 1; 0 marks padding, which is ignored.
         packed: bool, whether rows may hold several sequences each; all LSTM
@@ -400,12 +401,12 @@ def total_loss(network, rows, positions, packed, training=False):
     """
     from keras import losses, ops
 
-    before = ops.pad(rows[:, :-1], [[0, 0], [1, 0]])
+    before = ops.pad(ids[:, :-1], [[0, 0], [1, 0]])
     read = ops.one_hot(ops.where(positions == 1, 0, before), network.input_shape[-1])
     mask = positions != 1 if packed else None
     # Not `network(read, …)`, which would warn that it passes no mask on to what follows it.
     predicted = network.call(read, training=training, mask=mask)
-    nats = losses.sparse_categorical_crossentropy(rows, predicted)
+    nats = losses.sparse_categorical_crossentropy(ids, predicted)
     return ops.sum(ops.where(positions > 0, nats, 0.0))
 
 
@@ -578,14 +579,14 @@ class SequenceModel:
         """
         max_len = self.max_len if max_len is None else max_len
         prompt = self.alphabet.normalize(prompt)
-        self.alphabet.encode(prompt)
+        self.alphabet.encode(prompt)  # raises if the model can't read it
         if len(prompt) > max_len:
             raise ValueError(f"it has {len(prompt)} characters, but max_len is {max_len}")
         shaping = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         check_shaping(**shaping)
         return prompt, max_len, functools.partial(distribution, **shaping)
 
-    def batch_size(self, max_len):
+    def chunk_size(self, max_len):
         """Returns how many sequences of up to `max_len` characters to work on at a time, an int."""
         width = len(self._layers) * self._units
         sizes = 2**23 // (max_len + 1), 2**21 // len(self.alphabet), 2**23 // width
@@ -631,13 +632,12 @@ class SequenceModel:
 
     def _sample(self, prompt, count, steps, to_probabilities, key):
         logits, state = self.read_prompt(prompt)
-        most, start = self.batch_size(steps), 0
+        most, start = self.chunk_size(steps), 0
         while count is None or start < count:
             # Without a count a few may be enough, so the batches start small and double.
             batch = min(most, max(start, 128) if count is None else count - start)
-            first = np.zeros(batch, int)
             draws = functools.partial(_draw, key, start, batch)
-            rows = logits[first], state.take(first)
+            rows = logits.repeat(batch, axis=0), state.take(np.zeros(batch, int))
             invented = self._finish(*rows, steps, to_probabilities, draws)
             text = self.alphabet.decode(invented[invented > 0])
             end = 0
@@ -744,7 +744,7 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
 def check_shaping(temperature, top_k, top_p):
     """Raises a ValueError if `distribution` does not accept these arguments."""
     if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature should be at least 0. Received: {temperature}")
+        raise ValueError(f"temperature should be finite and at least 0. Received: {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k should be None or at least 1. Received: {top_k}")
     if top_p is not None and not 0 <= top_p <= 1:
@@ -843,7 +843,7 @@ def replacing(path):
     os.makedirs(folder, exist_ok=True)
     number, temporary = tempfile.mkstemp(".tmp", f".{name[:50]}.", folder)
     try:
-        with open(number, "wb") as file:  # which until the end nobody else can read
+        with open(number, "wb") as file:  # mkstemp lets only its owner read it
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -959,7 +959,7 @@ def _read_metadata(file):
     if not isinstance(metadata, dict):
         raise _ReadError(f"its attribute {METADATA!r} is not a JSON object")
     if metadata.get("format") not in READABLE_FORMATS:
-        raise _ReadError(f"it is not in a format that this version can read, {READABLE_FORMATS}")
+        raise _ReadError(f"this version reads the formats {READABLE_FORMATS}, and it has another")
     symbols = metadata.get("alphabet")
     if not isinstance(symbols, str) or not 2 <= len(symbols) <= LIMITS["alphabet"]:
         raise _ReadError(f"its alphabet is not a string of 2 to {LIMITS['alphabet']} characters")
@@ -1021,7 +1021,7 @@ def _read_array(found, largest):
 
 
 def is_within(array, largest):
-    """Tells whether no number of an array is NaN or beyond ±`largest`."""
+    """Returns whether no number of an array is NaN or beyond ±`largest`."""
     return not array.size or -largest <= float(array.min()) <= float(array.max()) <= largest
 
 
@@ -1038,12 +1038,14 @@ class CommandLine(argparse.ArgumentParser):
     Like its parent it exits with status 2. Its help shows the defaults, and
     it accepts no abbreviations, since a new flag could change their meaning.
 
-    Attributes:
-        suggest_flag: function from a stray word, a str, to the flag that may
-            be missing before it.
+    Args:
+        suggest_flag: function from a word that no flag stands before, a str,
+            to what to write instead.
+        options: as its parent takes them.
     """
 
-    def __init__(self, **options):
+    def __init__(self, suggest_flag, **options):
+        self.suggest_flag = suggest_flag
         options["usage"] = f"{options['prog']} [--flag value ...]"
         super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
 
@@ -1051,7 +1053,10 @@ class CommandLine(argparse.ArgumentParser):
         """Parses like its parent, but suggests the flag that is missing before a stray word."""
         args, strays = self.parse_known_args(args, namespace)
         if strays and strays[0].startswith("-"):
-            self.error(f"there is no flag {strays[0].partition('=')[0]}; --help shows all")
+            flag = strays[0].partition("=")[0]
+            close = difflib.get_close_matches(flag, self._option_string_actions, 1)
+            hint = f"did you mean {close[0]}?" if close else "--help shows all"
+            self.error(f"there is no flag {flag}; {hint}")
         if strays:
             self.error(f"{strays[0]!r} needs a flag before it: {self.suggest_flag(strays[0])}")
         return args
@@ -1073,14 +1078,15 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
 
 def within(kind, low, high):
     """Returns an `argparse` type: a number of a `kind`, int or float, from `low` to `high`."""
+    name = "a whole number" if kind is int else "a number"
 
     def parse(text):
-        number = kind(text)
-        if not low <= number <= high:
-            raise argparse.ArgumentTypeError(f"not from {low} to {high}: {text}")
-        return number
+        with contextlib.suppress(ValueError):
+            number = kind(text)
+            if low <= number <= high:
+                return number
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low:,} to {high:,}")
 
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
     return parse
 
 
@@ -1130,7 +1136,7 @@ def check_target(flag, path, inputs):
 
 
 def is_same_file(path, other):
-    """Tells whether two paths lead to one file that exists."""
+    """Returns whether two paths lead to one file that exists."""
     with contextlib.suppress(OSError):
         return os.path.samefile(path, other)
     return False
@@ -1149,8 +1155,15 @@ def perplexity(nats):
     return math.exp(nats) if nats < 700 else math.inf
 
 
+def open_closed_streams():
+    """Opens the null device for each standard stream that was closed before the process began."""
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until it ends
+
+
 def discard(stream):
-    """Lets nothing that is still written to a stream of the process go anywhere."""
+    """Redirects a standard stream of the process to the null device."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -38,8 +38,8 @@ ENGLISH_WORDS = (
     pathlib.Path(__file__).resolve().parent / "pre_trained_models" / "english_words_5000.h5"
 )
 MOST_IDLE = 20_000  # after this many in a row without a new one, assume that none are left
-# Bytes that the search for the most likely sequences may take: for any search, more for each
-# sequence that is wanted, and the most of both together.
+# Bytes that a search for the most likely sequences may take: a base, an addition for each
+# sequence that is wanted, and a cap on their sum.
 SEARCH_MEMORY = 3 * 2**25, 2**19, 2**30
 SCREENFUL = 1000  # sequences that are arranged together on a terminal
 # Flags that make no sense where nothing is drawn.
@@ -51,11 +51,7 @@ UNUSED = {
 
 def parse_arguments(arguments=None):
     """Returns the parser and the parsed arguments (those of the process if None)."""
-    parser = CommandLine(prog="sample.py", description=DESCRIPTION, epilog=EXAMPLES)
-    parser.suggest_flag = lambda word: (
-        ("--weights_path" if word.endswith(".h5") or os.path.isfile(word) else "--prompt")
-        + f" {word}"
-    )
+    parser = CommandLine(suggest_flag, prog="sample.py", description=DESCRIPTION, epilog=EXAMPLES)
 
     source = parser.add_argument_group("model and prompt")
     source.add_argument(
@@ -77,7 +73,7 @@ def parse_arguments(arguments=None):
     drawing.add_argument(
         "--num_samples",
         metavar="N",
-        type=within(int, 1, 2**62),
+        type=within(int, 1, 10**12),
         default=100,
         help="sequences per prompt",
     )
@@ -145,14 +141,23 @@ def parse_arguments(arguments=None):
     files.add_argument(
         "--output",
         metavar="FILE",
-        help="write the results here, with a header if it ends in .csv; Ctrl-C keeps what is done",
+        help="write the results here, with a header if it ends in .csv; Ctrl-C keeps what "
+        "has been written",
     )
     args = parser.parse_args(arguments)
     for mode, names in UNUSED.items():
-        for name in names.split() if getattr(args, mode) is not None else ():
+        if getattr(args, mode) is None:
+            continue
+        for name in names.split():
             if getattr(args, name) != parser.get_default(name):
                 parser.error(f"--{mode} can't be combined with --{name}; omit one of them")
     return parser, args
+
+
+def suggest_flag(word):
+    """Returns what to write for a word, a str, that no flag stands before."""
+    is_model = word.endswith(".h5") or os.path.isfile(word)
+    return f"{'--weights_path' if is_model else '--prompt'} {word}"
 
 
 # Drawing
@@ -241,7 +246,7 @@ class Search:
         self.count = min(count, self.limit // 2)
         # Heaps: the least stands first, hence the signs.
         self.whole = []  # (-log-probability, sequence)
-        self.best = []  # the log-probabilities of the `count` best sequences so far
+        self.best = []  # the log-probabilities of the `count` best so far, the worst first
         self.open = []  # (-log-probability, serial, rank, prefix): its rank-th follower
         self.serial = itertools.count()  # a tie-breaker, so that prefixes are never compared
         self.given_up = -math.inf  # the log-probability of the best prefix that was
@@ -286,7 +291,7 @@ class Search:
     def read_best(self):
         """Extends the best prefixes by a character, many at once because NumPy is fast at that."""
         chosen = []
-        most = min(256, self.trained.batch_size(self.max_len))
+        most = min(256, self.trained.chunk_size(self.max_len))
         while self.open and len(chosen) < most:
             value, _, rank, prefix = heapq.heappop(self.open)
             self.push(rank + 1, prefix)
@@ -386,7 +391,7 @@ def _take_proven(search, prompt, count, warn):
                     "lower --temperature or --top_k needs less"
                 )
             else:
-                warn(f"no more than {found:,} sequences are possible, not {count:,}")
+                warn(f"found {found:,} of {count:,}: no other sequence is possible")
             return
         yield math.exp(best[0]), compose(best[1])
 
@@ -418,7 +423,7 @@ def score(trained, sequences, max_len=None):
     """
     max_len = trained.max_len if max_len is None else max_len
     iterator = iter(sequences)
-    while block := list(itertools.islice(iterator, trained.batch_size(max_len))):
+    while block := list(itertools.islice(iterator, trained.chunk_size(max_len))):
         yield from zip(block, *_score(trained, block, max_len))
 
 
@@ -503,11 +508,11 @@ def find_scores(args, trained, note):
         mean = total / steps
         note(
             f"{mean:.6f} nats per character, perplexity {model.perplexity(mean):.6g}: the mean "
-            f"over {scored:,} sequences with {steps:,} characters and ends"
+            f"over {scored:,} sequences with {steps:,} characters and end marks"
         )
     if unknown:
-        which = f"{unknown:,} more" if scored else f"all {unknown:,} sequences"
-        note(f"{which} hold characters that the model does not know")
+        which = f"{unknown:,} more sequences" if scored else f"all {unknown:,} sequences"
+        note(f"{which} contain characters that the model does not know")
     if cut:
         note(f"{cut:,} were longer than {max_len} characters and cut (--max_len)")
 
@@ -571,8 +576,8 @@ def to_line(result, escape):
 def to_csv(values):
     """Returns a row of a CSV, a str without its line end."""
     row = io.StringIO()
-    csv.writer(row, lineterminator="\n").writerow(values)
-    return row.getvalue().removesuffix("\n")
+    csv.writer(row).writerow(values)
+    return row.getvalue().removesuffix("\r\n")
 
 
 def write(path, lines, header):
@@ -600,21 +605,19 @@ def write(path, lines, header):
 # Asking for prompts
 
 
-def converse(answer):
+def converse(answer, path):
     """Asks for prompts on the terminal until the user leaves; `answer` takes each.
 
     Ctrl-C clears a line or stops an answer. Only the second in a row at an
-    empty prompt leaves.
+    empty prompt leaves. `path` is the model's, told because it may be the default.
     """
     typed = str  # what an interrupted line holds: nothing, as far as is known without readline
     with contextlib.suppress(ImportError):
         import readline  # input() edits lines once it is imported
 
         typed = readline.get_line_buffer
-    tell(
-        "Type how a sequence should begin and press Enter to get some that do; just Enter "
-        "starts from nothing. Ctrl-D leaves."
-    )
+    tell(f"Sampling from {path}")
+    tell("Type how a sequence should begin and press Enter, or just press Enter. Ctrl-D leaves.")
     stopped = False
     while True:
         try:
@@ -640,7 +643,8 @@ def converse(answer):
         except KeyboardInterrupt as stop:
             if stop.args != (signal.SIGINT,):
                 raise
-            tell("\nStopped.")
+            tell("")
+            tell("Stopped.")
         stopped = False
 
 
@@ -676,7 +680,7 @@ def read_prompts():
         if not line and number > 1:
             return
         if not line:
-            raise UserError("no prompt came in; pass one, such as --prompt ''")
+            raise UserError("standard input is empty; pass a prompt, such as --prompt ''")
         if len(line) == LONGEST_LINE:
             raise UserError(
                 f"prompt {number} is longer than {LONGEST_LINE:,} characters; put one on each line"
@@ -712,7 +716,7 @@ def check_files(args):
 def run(args):
     """Does what the command line asks for and returns the exit status."""
     check_files(args)
-    with model.reading("--weights_path", args.weights_path, "a model's file"):
+    with model.reading("--weights_path", args.weights_path, "the path of a model"):
         trained, _ = model.load(args.weights_path)
     unwanted = set()
     for path in args.exclude or ():
@@ -744,7 +748,7 @@ def run(args):
     elif args.output is not None:
         results, total = find_for_all(find, read_prompts()), None
     elif sys.stdin.isatty():
-        converse(lambda prompt: show_results(find(prompt)))
+        converse(lambda prompt: show_results(find(prompt)), args.weights_path)
         return 0
     else:
         return answer_all(lambda prompt: show_results(find(prompt)), read_prompts())
@@ -781,12 +785,13 @@ def write_results(args, results, escape, tell_notes):
 
 
 def keep_to_one_line(text):
-    """Returns a str with an escape for each newline, since results are lines."""
-    return text.replace("\n", "\\n")
+    """Returns a str with an escape for each character that ends a line."""
+    return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def main(arguments=None):
     """Runs the command line and returns the exit status."""
+    model.open_closed_streams()
     parser, args = parse_arguments(arguments)
     # Bytes that can't be decoded become surrogates, which no alphabet contains.
     encoding = {} if sys.stdin.isatty() else {"encoding": "utf-8-sig"}

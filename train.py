@@ -9,13 +9,13 @@ import argparse
 import contextlib
 import ctypes
 import gc
-import glob
 import hashlib
 import importlib.util
 import itertools
 import json
 import math
 import os
+import pathlib
 import reprlib
 import shlex
 import signal
@@ -60,12 +60,7 @@ BACKENDS = ("tensorflow", "jax")
 
 def parse_arguments(arguments=None):
     """Returns the parser and the parsed arguments (those of the process if None)."""
-    parser = CommandLine(prog="train.py", description=DESCRIPTION, epilog=EXAMPLES)
-    parser.suggest_flag = lambda word: (
-        f"--init_from {word} to start from a model, or --save_path {word} to name the new one"
-        if word.endswith(".h5")
-        else f"--sequence_path {word}"
-    )
+    parser = CommandLine(suggest_flag, prog="train.py", description=DESCRIPTION, epilog=EXAMPLES)
 
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -85,7 +80,7 @@ def parse_arguments(arguments=None):
     data.add_argument(
         "--num_sequences",
         metavar="N",
-        type=within(int, 1, 2**62),
+        type=within(int, 1, 10**12),
         help="read only the first N (default: all)",
     )
     data.add_argument(
@@ -98,7 +93,7 @@ def parse_arguments(arguments=None):
         "--sentinel",
         metavar="CHAR",
         type=one_character,
-        help=r"end mark, in no sequence; may be \t (default: \n)",
+        help=r"marks the end; in no sequence (default: \n)",
     )
     data.add_argument(
         "--validation_split",
@@ -126,14 +121,14 @@ def parse_arguments(arguments=None):
         metavar="SHARE",
         type=within(float, 0, 0.9),
         default=0.3,
-        help="of each layer's outputs to drop",
+        help="share of outputs to drop",
     )
     network.add_argument(
         "--recurrent_dropout",
         metavar="SHARE",
         type=within(float, 0, 0.9),
         default=0.0,
-        help="of what a layer reads back",
+        help="share of recurrent inputs to drop",
     )
 
     training = parser.add_argument_group("training")
@@ -159,7 +154,7 @@ def parse_arguments(arguments=None):
         "--patience",
         metavar="N",
         type=epochs,
-        help="stop N epochs after the best (default: never)",
+        help="stop N epochs after the best one (default: never)",
     )
     training.add_argument(
         "--seed",
@@ -192,6 +187,15 @@ def parse_arguments(arguments=None):
             "--validation_split above 0"
         )
     return parser, args
+
+
+def suggest_flag(word):
+    """Returns what to write for a word, a str, that no flag stands before."""
+    if word.endswith(".h5"):
+        return (
+            f"--init_from {word} to start from a model, or --save_path {word} to name the new one"
+        )
+    return f"--sequence_path {word}"
 
 
 def one_character(text):
@@ -246,14 +250,12 @@ def read_source(args):
     """Returns the `SequenceModel` at `--init_from`, and fills in the flags that depend on it."""
     source, defaults = None, {"units": UNITS, "layers": LAYERS, "sentinel": SENTINEL}
     if args.init_from is not None:
-        with model.reading("--init_from", args.init_from, "a model's file"):
+        with model.reading("--init_from", args.init_from, "the path of a model"):
             source, metadata = model.load(args.init_from)
         defaults = {**metadata, "sentinel": source.alphabet.sentinel}
         for name in ("units", "layers"):
             if getattr(args, name) not in (None, defaults[name]):
-                raise UserError(
-                    f"--{name}: {args.init_from} has {defaults[name]}; omit the flag to keep that"
-                )
+                raise UserError(f"--{name}: {args.init_from} has {defaults[name]}; omit the flag")
         if args.sentinel is not None and args.sentinel in source.alphabet.symbols[1:]:
             raise UserError(
                 f"--sentinel: {args.init_from} already uses {args.sentinel!r} as a character; "
@@ -402,27 +404,28 @@ def read_earlier_run(args, metadata, validated):
         UserError: if training must not replace what is there.
     """
     path = args.save_path
-    ways_out = "pass --overwrite to start over, or another --save_path"
-    with model.reading("--save_path", path, f"another file, or {ways_out}"):
+    ways_out = "--overwrite to start over, or another --save_path"
+    with model.reading("--save_path", path, ways_out):
         try:
             best, found = model.load(path)
             state = model.load_training_state(path)
         except ValueError as error:
-            raise ValueError(f"{error}; {ways_out}") from None
+            raise ValueError(f"{error}; pass {ways_out}") from None
     difference = find_difference(found, metadata)
     if difference:
         if difference.startswith("other data"):
             ways_out += f", with --init_from {path} to learn from what it knows"
-        raise UserError(f"--save_path: {path} was trained with {difference}; {ways_out}")
+        raise UserError(f"--save_path: {path} was trained with {difference}; pass {ways_out}")
     history = found.get("history")
     if not (state and is_history(history, validated)):
         raise UserError(
-            f"--save_path: {path} holds a model without the state needed to continue; {ways_out}"
+            f"--save_path: {path} holds a model without the state needed to continue; "
+            f"pass {ways_out}"
         )
     if found["format"] < model.FORMAT and not is_finished(args, history):
         raise UserError(
             f"--save_path: {path} was begun by an earlier version of train.py, which took its "
-            f"batches in another order; {ways_out}"
+            f"batches in another order; pass {ways_out}"
         )
     return history, best.weights, state
 
@@ -442,18 +445,17 @@ def find_difference(found, metadata):
         return "other data (--sequence_path, --num_sequences, --max_len)"
     settings = found.get("settings")
     settings = settings if isinstance(settings, dict) else {}
-    then = {**settings, "units": found["units"], "layers": found["layers"]}
-    now = {**metadata["settings"], "units": metadata["units"], "layers": metadata["layers"]}
+    sizes = ("units", "layers", "max_len")
+    then = {**settings, **{name: found[name] for name in sizes}}
+    now = {**metadata["settings"], **{name: metadata[name] for name in sizes}}
     for name, value in now.items():
         if then.get(name) != value:
             return f"--{name} {reprlib.repr(then.get(name))}, not {value!r}"
-    if found["max_len"] != metadata["max_len"]:
-        return f"--max_len {found['max_len']}, not {metadata['max_len']}"
     return None
 
 
 def is_history(value, validated):
-    """Tells whether a value from a file's metadata is a history of (validated) losses."""
+    """Returns whether a value from a file's metadata is a history of (validated) losses."""
     return (
         isinstance(value, dict)
         and list(value) == ["loss", "val_loss"]
@@ -470,7 +472,7 @@ def epochs_since_best(history):
 
 
 def is_finished(args, history):
-    """Tells whether a run with these losses so far has nothing left to do."""
+    """Returns whether a run with these losses so far has nothing left to do."""
     patient = not args.patience or epochs_since_best(history) < args.patience
     return len(history["loss"]) >= args.epochs or not patient
 
@@ -677,10 +679,10 @@ def make_tensorflow_network(layers, scale, packed):
     import keras
     import tensorflow as tf
 
-    nats = keras.metrics.Mean("loss")
+    mean_loss = keras.metrics.Mean("loss")
 
     class Network(keras.Sequential):
-        metrics = property(lambda self: [nats])
+        metrics = property(lambda self: [mean_loss])
 
         @tf.function(jit_compile=packed, reduce_retracing=True, autograph=False)
         def train_step(self, stack):
@@ -706,8 +708,8 @@ def make_tensorflow_network(layers, scale, packed):
 
             batches, targets = count_targets(stack)
             total = tf.while_loop(lambda index, _: index < batches, add_next, (0, 0.0))[1]
-            nats.update_state(total / targets, targets)
-            return {"loss": nats.result()}
+            mean_loss.update_state(total / targets, targets)
+            return {"loss": mean_loss.result()}
 
     return Network(layers)
 
@@ -717,10 +719,10 @@ def make_jax_network(layers, scale, packed):
     import jax
     import keras
 
-    nats = keras.metrics.Mean("loss")
+    mean_loss = keras.metrics.Mean("loss")
 
     class Network(keras.Sequential):
-        metrics = property(lambda self: [nats])
+        metrics = property(lambda self: [mean_loss])
 
         def train_step(self, state, stack):
             gradient = jax.grad(self.batch_loss, has_aux=True)
@@ -757,8 +759,8 @@ def make_jax_network(layers, scale, packed):
             return loss * scale, (loss, others)
 
         def report(self, metrics, total, targets):
-            metrics = nats.stateless_update_state(metrics, total / targets, targets)
-            return {"loss": nats.stateless_result(metrics)}, metrics
+            metrics = mean_loss.stateless_update_state(metrics, total / targets, targets)
+            return {"loss": mean_loss.stateless_result(metrics)}, metrics
 
     return Network(layers)
 
@@ -775,7 +777,7 @@ def count_targets(stack):
 
 
 def learns_by_hand(args):
-    """Tells whether training goes through `model.run_lstm`, which on TensorFlow needs XLA.
+    """Returns whether training goes through `model.run_lstm`, which on TensorFlow needs XLA.
 
     That is faster on a CPU, except on TensorFlow with large batches, for which
     its own products use all cores. On a GPU an LSTM is one call of cuDNN, which
@@ -975,7 +977,7 @@ def set_variables(args, variables, state):
 
 
 def make_data(args, data, first_epoch, rank, processes):
-    """Makes `fit`'s arguments for the data and the steps per epoch.
+    """Returns the keyword arguments of `fit` that concern the data.
 
     The data are endless; the numbers of steps say where an epoch ends.
     """
@@ -1031,7 +1033,7 @@ def as_dataset(stacks):
 
 
 def make_callbacks(args, metadata, best, leads, teller):
-    """Makes what happens at the end of each epoch: a list of Keras callbacks, in this order.
+    """Returns the Keras callbacks, a list, in the order in which they must run.
 
     Args:
         args: the command line.
@@ -1048,8 +1050,9 @@ def make_callbacks(args, metadata, best, leads, teller):
         with model.writing("--log_dir", args.log_dir):
             os.makedirs(args.log_dir, exist_ok=True)
             if not continues:  # TensorBoard would draw an earlier run into this one
-                for old in glob.glob(f"{glob.escape(args.log_dir)}/*/events.out.tfevents.*"):
-                    os.remove(old)
+                for part in ("train", "validation"):
+                    for old in pathlib.Path(args.log_dir, part).glob("events.out.tfevents.*"):
+                        old.unlink()
         callbacks.append(CSVLogger(os.path.join(args.log_dir, "losses.csv"), append=continues))
         import_tensorflow()
         callbacks.append(TensorBoard(args.log_dir, write_graph=False))
@@ -1155,7 +1158,8 @@ def run(args):
     metadata = describe(args, data, source)
     history, best, state, group = metadata["history"], None, None, (0, 1)
     # In a group only process 0 reads and writes the file.
-    leads = not args.distribute or os.environ.get("KERAS_DISTRIBUTION_PROCESS_ID", "0") == "0"
+    several = args.distribute and os.environ.get("KERAS_DISTRIBUTION_JOB_ADDRESSES")
+    leads = not several or os.environ.get("KERAS_DISTRIBUTION_PROCESS_ID", "0") == "0"
     if leads and not args.overwrite and os.path.exists(args.save_path):
         history, best, state = read_earlier_run(args, metadata, len(data.held_out) > 0)
     if args.distribute:
@@ -1210,7 +1214,7 @@ def tell_what_was_read(args, data, source):
     """Prints what the data are, and what was left out of them."""
     corpus, loader = data.corpus, data.loader
     if loader.header:
-        say(f"Ignored the first row: {', '.join(loader.header)}")
+        say(f"Skipped the header ({', '.join(loader.header)}) and read the first column")
     if loader.uneven:
         say(
             f"Rows that don't have as many columns as the first: {loader.uneven:,}; if a comma is "
@@ -1224,17 +1228,17 @@ def tell_what_was_read(args, data, source):
         say("Only one sequence was found; is there one per line?")
     if source:
         added = len(corpus.alphabet) - len(source.alphabet)
-        say(f"Starting from {args.init_from}, which gains {added:,} characters")
+        say(f"Starting from {args.init_from}, with {added:,} characters added to its alphabet")
     if corpus.dropped:
         whole = corpus.dropped + np.count_nonzero(corpus.rows)
         print(
             f"Cut {np.count_nonzero(~corpus.complete):,} sequences to {corpus.max_len} characters "
-            f"(--max_len): {corpus.dropped:,} of {whole:,} characters are not learned"
+            f"(--max_len): {corpus.dropped:,} of {whole:,} characters are left out"
         )
     held_out = len(data.held_out)
     why = ""
     if args.validation_split and not held_out:
-        why = f": {args.validation_split} of so few rounds to none (--validation_split)"
+        why = f": too few distinct sequences for a --validation_split of {args.validation_split}"
     count = len(data.training)
     print(f"Learning from {count:,} sequences, holding out {held_out:,} for validation{why}")
 
@@ -1246,7 +1250,9 @@ def tell_what_was_learned(args, data, history, speed):
     """
     epochs = len(history["loss"])
     best = epochs - 1 - epochs_since_best(history)
-    table = {"saved in": args.save_path, "best epoch": f"{best + 1} of {epochs}"}
+    table = {"saved in": args.save_path}
+    if history["val_loss"]:
+        table["best epoch"] = f"{best + 1} of {epochs}"
     for name, losses in ("loss", history["loss"]), ("validation loss", history["val_loss"]):
         if losses:
             perplexity = f"perplexity {model.perplexity(losses[best]):.4g}"
@@ -1287,6 +1293,7 @@ def explain_kept(args, history):
 
 def main(arguments=None):
     """Runs the command line."""
+    model.open_closed_streams()
     # A name in Japanese must not stop a night's training under LANG=C.
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     parser, args = parse_arguments(arguments)

@@ -6,7 +6,7 @@
 A NAME is english_words_5000.txt, english_words_5000.h5, user_names_10000.h5, README.md
 (the card, into which the figures of the two models are written), next_character.png,
 sampled1.png, sampled2.png or sampled3.png. Without any, all are made, in that order,
-the two models side by side, in less than forty minutes on two cores; what was interrupted
+the two models side by side, in about an hour on two cores; what was interrupted
 continues. tests/requirements.txt has what is needed. --check makes nothing, but fails if
 the list, or what the card says of the models, is not what would be made.
 """

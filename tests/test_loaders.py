@@ -82,7 +82,7 @@ def test_a_large_file_is_streamed(write, loader):
     [
         (b"\xe9f", "byte 0xe9 is not UTF-8 text.*iconv -f LATIN1 -t UTF-8 .*CSV UTF-8"),
         (b"\xed\xa0\x80", "byte 0xed is not"),
-        (b"a\0b", "byte 0x00 is not"),
+        (b"a\0b", "a NUL character, so this is not UTF-8 text"),
         (b"a" * LONGEST_LINE, "at least 1,048,576 characters long"),
     ],
 )
@@ -96,8 +96,8 @@ def test_what_is_no_text_is_named_by_line(write, loader, line, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"PK\x03\x04\x14\0\x06\0", "line 1: byte 0x00 is not UTF-8 text"),
-        (b"\x89HDF\r\n\x1a\n", "line 1: byte 0x89 is not UTF-8 text"),
+        (b"PK\x03\x04\x14\0\x06\0", "is a model or a spreadsheet, not text"),
+        (b"\x89HDF\r\n\x1a\n", "is a model or a spreadsheet, not text"),
         ("ab\ncd".encode("utf-16")[:-1], "is not UTF-16 text: .* byte 0x64 "),
         (gzip.compress(b"abc\n" * 9, mtime=0)[:-9], "is damaged gzip: "),
         (b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + b"a" * 99, "is damaged gzip: "),

@@ -82,8 +82,8 @@ def test_a_picture_shows_what_the_program_showed():
     lines = build.record("Sta")
     assert lines[0] == f"$ python {build.SAMPLE}"
     assert lines == build.record("Sta")
-    assert lines[2] == "> Sta"
-    assert len(names := " ".join(lines[3:-1]).split()) == 100
+    assert lines[3] == "> Sta"
+    assert len(names := " ".join(lines[4:-1]).split()) == 100
     assert all(name.startswith("Sta") for name in names)
     pictures = io.BytesIO(build.make_picture("Sta")), *ROOT.glob("sampled?.png")
     assert all(path.stat().st_size < 100_000 for path in [*ROOT.glob("*.png"), *HERE.glob("*.png")])

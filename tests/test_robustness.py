@@ -129,7 +129,7 @@ def test_an_input_without_end_takes_little_memory(tmp_path):
     for script, flag in (("sample.py", "--exclude"), ("train.py", "--sequence_path")):
         process = run(script, flag, "/dev/zero", cwd=tmp_path, preexec_fn=limit_memory)
         assert_one_line_error(process, script)
-        assert f"{flag}: /dev/zero, line 1: byte 0x00 is not UTF-8" in process.stderr
+        assert f"{flag}: /dev/zero, line 1: a NUL character, so this is not UTF-8" in process.stderr
     assert os.listdir(tmp_path) == []
 
 

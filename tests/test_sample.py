@@ -101,10 +101,13 @@ def test_prompts_that_can_not_be_answered_are_named_and_the_others_answered():
 
 
 @pytest.mark.parametrize("arguments", [[], ["--output", "words.txt"]])
-def test_no_prompt_at_all_is_an_error_that_names_the_empty_one(tmp_path, arguments):
-    process = run("sample.py", *arguments, cwd=tmp_path, stdin=subprocess.DEVNULL)
+@pytest.mark.parametrize("closed", [False, True])
+def test_no_prompt_at_all_is_an_error_that_names_the_empty_one(tmp_path, arguments, closed):
+    close = (lambda: os.close(0)) if closed else None
+    stdin = subprocess.DEVNULL
+    process = run("sample.py", *arguments, cwd=tmp_path, stdin=stdin, preexec_fn=close)
     assert_one_line_error(process, "sample.py")
-    assert "no prompt came in; pass one, such as --prompt ''" in process.stderr
+    assert "standard input is empty; pass a prompt, such as --prompt ''" in process.stderr
     assert os.listdir(tmp_path) == []
 
 
@@ -159,12 +162,12 @@ def test_temperature_and_max_len_are_obeyed():
         ("--weights_path text.h5", "text.h5 is not a model"),
         ("--prompt A", "--prompt: the model never saw 'A'"),
         (f"--prompt {'a' * 99}", "--prompt: it has 99 characters"),
-        ("--num_samples 0", "--num_samples: not from 1 to"),
-        ("--temperature nan", "--temperature: not from 0 to"),
-        ("--max_len 0", "--max_len: not from 1 to"),
-        ("--top_k 0", "--top_k: not from 1 to"),
-        ("--top_p 1.1", "--top_p: not from 0 to 1: 1.1"),
-        ("--weight x", "there is no flag --weight; --help"),
+        ("--num_samples 0", "--num_samples: '0' is not a whole number from 1 to"),
+        ("--temperature nan", "--temperature: 'nan' is not a number from 0 to"),
+        ("--max_len 0", "--max_len: '0' is not a whole number from 1 to"),
+        ("--top_k 0", "--top_k: '0' is not a whole number from 1 to"),
+        ("--top_p 1.1", "--top_p: '1.1' is not a number from 0 to 1"),
+        ("--weight x", "there is no flag --weight; did you mean --weights_path?"),
         ("names.h5", "'names.h5' needs a flag before it: --weights_path names.h5"),
         ("th", "'th' needs a flag before it: --prompt th"),
         ("--prompt x\u0302", "--prompt: the model never saw U+0302 within"),
@@ -263,8 +266,8 @@ def test_all_excluded_files_count_and_what_one_run_writes_the_next_reads(tmp_pat
 
 def test_results_of_every_kind_can_be_a_csv(tmp_path, change):
     letters = model.load(WORDS)[0].alphabet.symbols
-    odd = '\n,;"=\té'
-    path = change(alphabet="\0" + letters[1:].translate(str.maketrans("etaoins", odd)))
+    odd = '\n\r,;"=\té'
+    path = change(alphabet="\0" + letters[1:].translate(str.maketrans("etaoinsr", odd)))
     command = ["sample.py", "--weights_path", path, "--output", tmp_path / "o.csv"]
 
     def read_csv():
@@ -275,6 +278,8 @@ def test_results_of_every_kind_can_be_a_csv(tmp_path, change):
     texts = list(model.load(path)[0].sample(count=100, seed=np.random.default_rng(1)))
     assert {*"".join(texts)} > {*odd}
     assert read_csv() == [["sequence"], *([text] for text in texts)]
+    process = run("sample.py", "--weights_path", path, "--prompt", "", encoding=None)
+    assert len(re.split(rb"\r\n|\r|\n", process.stdout)) == 101
     assert run(*command, "--prompt", "", "--most_likely", 30).returncode == 0
     header, *rows = read_csv()
     assert header == ["sequence", "probability"]
@@ -326,7 +331,7 @@ def test_the_most_likely_are_those_that_brute_force_finds(prompt, shape, max_len
             for those in (expected[:count], [everything[text] for text in texts]):
                 np.testing.assert_allclose(probabilities, those, rtol=1e-4)
         assert sum(probabilities) == pytest.approx(1, rel=1e-4)
-        assert notes[-1] == f"no more than {len(everything):,} sequences are possible, not 5,000"
+        assert notes[-1] == f"found {len(everything):,} of 5,000: no other sequence is possible"
 
 
 @pytest.mark.parametrize(
@@ -360,7 +365,7 @@ def test_the_most_likely_obey_the_other_flags(tmp_path):
     assert 15 < len(texts) < 40
     assert set(map(len, texts)) <= {2, 3, 4}
     for note, prompt in zip(process.stderr.splitlines(), ["th", "qu", "the"], strict=True):
-        few = r"no more than \d+ sequences are possible, not 40"
+        few = r"found \d+ of 40: no other sequence is possible"
         assert re.fullmatch(rf"sample.py: '{prompt}': {few}", note)
     (tmp_path / "known.txt").write_text("\n".join(texts[::2]))
     rest = lines_of(*arguments, "--exclude", tmp_path / "known.txt", input="th\nqu\nthe\n")
@@ -447,11 +452,11 @@ def test_what_the_model_can_not_know_is_counted_and_left_out_of_the_mean(tmp_pat
     )
     the, *others = known.stdout.splitlines()
     assert both.stdout.splitlines() == [the, "inf\tÏx, y", *others, "inf\ta b"]
-    assert "the mean over 2 sequences with 8 characters and ends" in known.stderr
-    more = "sample.py: 2 more hold characters that the model does not know\n"
+    assert "the mean over 2 sequences with 8 characters and end marks" in known.stderr
+    more = "sample.py: 2 more sequences contain characters that the model does not know\n"
     assert both.stderr == known.stderr + more
     assert none.stdout == "inf\tTHE\n"
-    all_of_them = "all 1 sequences hold characters that the model does not know"
+    all_of_them = "all 1 sequences contain characters that the model does not know"
     assert none.stderr == f"sample.py: {all_of_them}\n"
 
 
@@ -639,7 +644,7 @@ def test_ctrl_c_during_a_long_answer_returns_to_the_prompt(change, arguments):
             child.expect_exact("\r\n")
             time.sleep(0.5)
             child.sendintr()
-            child.expect_exact("Stopped.\r\n")
+            child.expect_exact("\r\nStopped.\r\n")
         child.expect_exact("> ")
         child.sendeof()
         shown, status = finish(child)
@@ -663,8 +668,8 @@ def test_nothing_invented_can_steer_the_terminal_but_a_pipe_gets_it_as_it_is(cha
         assert status == 0
         assert re.match(start, shown)
         assert shown.replace("\r\n", "").replace("\t", "").isprintable()
-    process = run("sample.py", "--weights_path", path, "--prompt", "\x1b\r", encoding=None)
-    assert process.stdout.count(b"\x1b\r") >= 100
+    process = run("sample.py", "--weights_path", path, "--prompt", "\x1b\x07", encoding=None)
+    assert process.stdout.count(b"\x1b\x07") >= 100
 
 
 @pytest.fixture

@@ -240,12 +240,12 @@ def test_any_script_can_be_learned_and_invented(tmp_path):
 
 
 MISTAKES = {
-    "an empty number": (["--batch_size", ""], "--batch_size: invalid int value: ''"),
-    "too many units": (["--units", "8193"], "--units: not from 1 to 8192"),
+    "an empty number": (["--batch_size", ""], "--batch_size: '' is not a whole number from 1 to"),
+    "too many units": (["--units", "8193"], "'8193' is not a whole number from 1 to 8,192"),
     "too large a network": (["--units", "8192", "--layers", "60"], "; lower --units or --layers"),
-    "negative epochs": (["--epochs", "-3"], "--epochs: not from 1 to"),
-    "a NaN": (["--learning_rate", "nan"], "--learning_rate: not from"),
-    "all held out": (["--validation_split", "1"], "--validation_split: not from 0 to"),
+    "negative epochs": (["--epochs", "-3"], "--epochs: '-3' is not a whole number from 1 to"),
+    "a NaN": (["--learning_rate", "nan"], "--learning_rate: 'nan' is not a number from"),
+    "all held out": (["--validation_split", "1"], "'1' is not a number from 0 to 0.9"),
     "a long sentinel": (
         ["--sentinel", "ab"],
         "--sentinel: 'ab' is not a single character, but 2 code points: U+0061, U+0062",
@@ -256,7 +256,7 @@ MISTAKES = {
     ),
     "no flag": (["names.txt"], "'names.txt' needs a flag before it: --sequence_path names.txt"),
     "no flag for a model": (["a.h5"], "'a.h5' needs a flag before it: --init_from a.h5 to start "),
-    "no such flag": (["--unit=3"], "there is no flag --unit; --help shows all"),
+    "no such flag": (["--unit=3"], "there is no flag --unit; did you mean --units?"),
     "nobody to wait for": (
         ["--patience", "2", "--num_sequences", "3"],
         "--patience: 0.1 of 3 sequences leaves none to validate with; omit --patience or raise",
@@ -328,11 +328,11 @@ def test_what_is_not_learned_is_told(folder):
     process = run("train.py", *SMALL, "--sequence_path", "a.csv", cwd=folder)
     assert process.returncode == 0, process.stderr
     for told in (
-        "Ignored the first row: Ort, Land\n",
+        "Skipped the header (Ort, Land) and read the first column\n",
         "Rows that don't have as many columns as the first: 1; ",
         "Only one sequence was found; is there one per line?",
-        "Cut 1 sequences to 64 characters (--max_len): 9,936 of 10,000 characters are not learned",
-        "holding out 0 for validation: 0.1 of so few rounds to none (--validation_split)",
+        "Cut 1 sequences to 64 characters (--max_len): 9,936 of 10,000 characters are left out",
+        "validation: too few distinct sequences for a --validation_split of 0.1",
     ):
         assert told in process.stdout
     assert max(map(len, process.stdout.splitlines())) <= 2 * train.LINE_WIDTH
@@ -671,7 +671,7 @@ def test_a_model_is_tuned_on_other_data_into_another_file(finished):
     command += ["--validation_split", 0, "--save_path", "tuned.h5"]
     process = run(*command, cwd=finished)
     assert process.returncode == 0, process.stderr
-    assert "incognito_model.h5, which gains 8 characters" in process.stdout
+    assert "incognito_model.h5, with 8 characters added" in process.stdout
     assert "Network: 1 × LSTM(16)" in process.stdout
     tuned, metadata = model.load(finished / "tuned.h5")
     assert set(tuned.alphabet.symbols) == {*"\naeikmnostu", *"Zoë Ågren\nÅsa Öberg"}
