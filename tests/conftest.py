@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shlex
+import signal
 import subprocess
 import sys
 
@@ -20,6 +21,8 @@ from model import Alphabet, SequenceModel
 
 # Importing TensorFlow would set another one, which train.py would inherit.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+# A shell makes what it starts in the background ignore Ctrl-C, and so would the scripts then.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # How often runs are killed. A longer harness: KILLS=20 python -m pytest -m slow
 KILLS = int(os.environ.get("KILLS", "4"))
 ROOT = pathlib.Path(__file__).resolve().parent.parent
