@@ -78,6 +78,12 @@ def test_the_picture_of_the_card_is_drawn_from_the_words_model():
     assert np.abs(drawn - shipped).mean() < 1
 
 
+def test_two_runs_would_ship_the_same_bytes():
+    for stem in build.LISTS:
+        path = HERE / f"{stem}.h5"
+        assert build.remove_training_state(path) == path.read_bytes()
+
+
 def test_a_picture_shows_what_the_program_showed():
     lines = build.record("Sta")
     assert lines[0] == f"$ python {build.SAMPLE}"
