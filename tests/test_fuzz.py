@@ -24,8 +24,8 @@ def test_what_once_broke_something_is_refused(path):
     [
         ("models", 60, 1),
         ("lists", 60, 1),
-        pytest.param("models", 150, 2, marks=pytest.mark.slow),
-        pytest.param("lists", 100, 2, marks=pytest.mark.slow),
+        pytest.param("models", 600, 2, marks=pytest.mark.slow),
+        pytest.param("lists", 300, 2, marks=pytest.mark.slow),
     ],
 )
 def test_broken_files_are_refused_or_work(kind, count, seed):
