@@ -1,8 +1,8 @@
 """What a model is: its alphabet, its Keras network, the same network in NumPy, its `.h5` file.
 
 1. `Alphabet` and `build_corpus`: strings become rows of small integers.
-2. `build_layers` and `total_loss`: the Keras network that learns from them, with
-   `run_lstm`, whose gradient is worked out by hand.
+2. `build_layers`: the Keras network that learns from them, with `run_lstm`, whose
+   gradient is worked out by hand.
 3. `SequenceModel`: the same network in NumPy, ready in a fraction of the time that
    importing Keras takes. It reads text and invents what follows.
 4. `save` and `load`: the file, which stock Keras opens too.
@@ -11,7 +11,7 @@
 The file is HDF5 in Keras's legacy layout of a whole model. Its root attribute
 `sequence_model` adds as JSON what Keras has no place for: the format, the alphabet (the
 sentinel first), `max_len`, the settings and the losses of each epoch. The group
-`training_state` has what continuing needs: all variables of network and optimizer. A file
+`checkpoint` has what continuing needs: all variables of network and optimizer. A file
 that Keras saves again lacks both.
 """
 
@@ -26,16 +26,20 @@ import math
 import os
 import pathlib
 import re
+import secrets
+import shutil
 import signal
 import sys
 import tempfile
+import threading
 import unicodedata
 
 import h5py
 import numpy as np
 
+from loaders import UserError, needing_packages
+
 FORMAT = 2  # of the files that `save` writes
-READABLE_FORMATS = (1, 2)  # in 1 an unfinished run had taken its batches in another order
 DEFAULT_MAX_LEN = 64  # characters kept of a sequence unless the user says otherwise
 LARGEST_CORPUS = 2**33  # bytes that the encoded sequences may take
 LARGEST_BATCH = 2048  # sequences invented at a time: more would overflow the CPU's cache
@@ -44,7 +48,9 @@ LIMITS = {"alphabet": 2**18, "max_len": 2**16, "units": 2**13, "layers": 2**6}  
 LARGEST_WEIGHT = 1e30  # far above any trained weight; sums of such products stay finite
 METADATA = "sequence_model"  # the root attribute that holds what Keras has no place for
 METADATA_SIZE = 2**22  # its maximum size in bytes: parsed JSON can take 30 times as much
-TRAINING_STATE = "training_state"  # the group that holds what continuing needs
+CHECKPOINT = "checkpoint"  # the group that holds what continuing needs
+# They join emoji, or letters of Persian and of India, or choose between two forms of one.
+JOINERS = "\u200c\u200d\ufe0e\ufe0f"
 # Those of Unicode's Default_Ignorable_Code_Point that Python calls printable.
 INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
@@ -82,11 +88,32 @@ class Alphabet:
     def _knows(self, text):
         return self._ids[code_points(text)].all()
 
+    @functools.cached_property
+    def marks(self):
+        """Those of the characters that can compose with the one before them, a list of str."""
+        composing = re.compile("[\u1161-\u1175\u11a8-\u11c2]")
+        symbols = self.symbols[1:]
+        return [s for s in symbols if unicodedata.category(s)[0] == "M" or composing.match(s)]
+
+    def respellings(self, index):
+        """Returns the ids that can't follow a character, given by its id, in composed text.
+
+        With one of them it would spell what another character of the alphabet
+        spells: U+0301 after `e`, if there is an `é`.
+        """
+        found = []
+        for mark in self.marks if index else ():  # the sentinel is no part of the text
+            pair = self.symbols[index] + mark
+            composed = unicodedata.normalize("NFC", pair)
+            if composed != pair and self._knows(composed):
+                found.append(int(self._ids[ord(mark)]))
+        return found
+
     def encode(self, text):
         """Returns the ids of a str's characters, an int32 array of the same length.
 
         Raises:
-            ValueError: if `text` holds the sentinel or a character that is
+            UserError: if `text` holds the sentinel or a character that is
                 not in the alphabet; the message names them.
         """
         points = code_points(text)
@@ -94,7 +121,7 @@ class Alphabet:
         if not ids.all():
             unknown = [name_character(chr(point)) for point in np.unique(points[ids == 0])]
             more = f" and {len(unknown) - 10:,} others" if len(unknown) > 10 else ""
-            raise ValueError(
+            raise UserError(
                 f"the model never saw {', '.join(unknown[:10])}{more} within a sequence"
             )
         return ids
@@ -116,9 +143,9 @@ class Corpus:
     Attributes:
         alphabet: `Alphabet`.
         max_len: int, how many characters were kept of each sequence at most.
-        rows: array `(sequences, longest)`, of the smallest unsigned integer
-            type that holds the alphabet: the ids of each sequence's
-            characters, padded with 0, the sentinel.
+        rows: array `(sequences, longest + 1)`, of the smallest unsigned
+            integer type that holds the alphabet: the ids of each sequence's
+            characters, followed by at least one 0, the sentinel.
         lengths: int32 array `(sequences,)`: how many steps of each row are targets,
             one per character and one for the end mark, which a sequence that
             was cut does not have.
@@ -154,15 +181,15 @@ def build_corpus(sequences, sentinel="\n", max_len=None, characters=""):
         that were kept or given.
 
     Raises:
-        ValueError: if there is no sequence, one contains the sentinel, there
-            are more different characters than a model can have, or the rows
-            would take more than `LARGEST_CORPUS` bytes.
+        ValueError: if there is no sequence, or one contains the sentinel.
+        UserError: if there are more different characters than a model can have,
+            or the rows would take more than `LARGEST_CORPUS` bytes.
 
     Example:
 
     >>> build_corpus(["ab", "b"]).rows
-    array([[1, 2],
-           [2, 0]], dtype=uint8)
+    array([[1, 2, 0],
+           [2, 0, 0]], dtype=uint8)
     """
     texts = list(sequences)
     if not any(texts):
@@ -173,18 +200,18 @@ def build_corpus(sequences, sentinel="\n", max_len=None, characters=""):
     used = set(characters)
     for text in texts:
         used.update(text[:max_len])
-    if sentinel in characters or any(sentinel in text for text in texts):
+    if sentinel in used:
         raise ValueError(f"sequences contain the sentinel, {sentinel!r}")
     if len(used) >= LIMITS["alphabet"]:
-        raise ValueError(
+        raise UserError(
             f"{len(used):,} different characters are more than the {LIMITS['alphabet'] - 1:,} "
             "that a model can have; is this a file of text?"
         )
     alphabet = Alphabet(sentinel + "".join(sorted(used)))
-    shape, dtype = (len(texts), int(kept.max())), np.min_scalar_type(len(used))
+    shape, dtype = (len(texts), int(kept.max()) + 1), np.min_scalar_type(len(used))
     if math.prod(shape) * dtype.itemsize > LARGEST_CORPUS:
-        raise ValueError(
-            f"{shape[0]:,} sequences of up to {shape[1]:,} characters take more than "
+        raise UserError(
+            f"{shape[0]:,} sequences of up to {kept.max():,} characters take more than "
             f"{LARGEST_CORPUS / 2**30:,.0f} GiB; take fewer, or lower max_len"
         )
     rows = np.zeros(shape, dtype)
@@ -379,37 +406,6 @@ def build_layers(
     return built
 
 
-def total_loss(network, ids, positions, packed, training=False):
-    """Returns the loss of a batch.
-
-    With `s` for the sentinel, the sequence `abc` is read as `sabc` and should
-    be predicted as `abcs`. Runs on any backend of Keras, compiled or not.
-
-    Args:
-        network: the Keras network.
-        ids: int tensor `(rows, steps)`: those of the characters and ends of
-            sequences, one after the other.
-        positions: int32 tensor of the same shape: each step's place in its
-            sequence, from 1; 0 marks padding, which is ignored.
-        packed: bool, whether rows may hold several sequences each; all LSTM
-            layers must then be of `make_lstm_by_hand`.
-        training: bool, whether dropout is on.
-
-    Returns:
-        Float32 scalar tensor: cross-entropy in nats, summed over all steps
-        that count.
-    """
-    from keras import losses, ops
-
-    before = ops.pad(ids[:, :-1], [[0, 0], [1, 0]])
-    read = ops.one_hot(ops.where(positions == 1, 0, before), network.input_shape[-1])
-    mask = positions != 1 if packed else None
-    # Not `network(read, …)`, which would warn that it passes no mask on to what follows it.
-    predicted = network.call(read, training=training, mask=mask)
-    nats = losses.sparse_categorical_crossentropy(ids, predicted)
-    return ops.sum(ops.where(positions > 0, nats, 0.0))
-
-
 def weight_shapes(alphabet_size, units, layers):
     """Returns a dict of shapes by `(layer, weight)`, in the order of Keras's `get_weights()`."""
     shapes = {}
@@ -481,6 +477,10 @@ class SequenceModel:
             else:
                 self._layers.append((self._by_gate(kernel, recurrent_kernel), self._by_gate(bias)))
 
+    def __repr__(self):
+        network = f"{len(self._layers)} × LSTM({self._units}), {len(self.alphabet) - 1} characters"
+        return f"<SequenceModel: {network}, max_len {self.max_len}>"
+
     def _by_gate(self, *weights):
         # Each gate's part becomes an array of its own, because NumPy is faster on whole
         # arrays than on columns; and those of the three sigmoids are halved, because
@@ -539,17 +539,10 @@ class SequenceModel:
         return hidden[:, -units:] @ self._kernel + self._bias
 
     def read(self, text):
-        """Reads the sentinel and then a text.
+        """Reads the sentinel and then a text, a str.
 
-        Args:
-            text: str, the beginning of a sequence; may be empty.
-
-        Returns:
-            Tuple `(logits, state)`: what `step` gave for the last character,
-            and the `State` then, both of one row.
-
-        Raises:
-            ValueError: if `text` holds a character that the model can't read.
+        Returns what `step` gave for the last character and the `State` then, both
+        of one row. Raises a UserError if the text holds an unknown character.
         """
         state = self.start()
         for index in (0, *self.alphabet.encode(text)):
@@ -557,33 +550,43 @@ class SequenceModel:
         return logits, state
 
     def read_prompt(self, prompt):
-        """Reads like `read`, but rules out an immediate end after an empty prompt.
+        """Reads like `read`, but rules out what no sequence that was learned can go on with.
 
-        No sequence that a model learned from was empty.
+        None was empty; and see `follow`.
         """
         logits, state = self.read(prompt)
         if not prompt:
             logits[:, 0] = -np.inf
-        return logits, state
+        last = [0, *self.alphabet.encode(prompt)][-1:]
+        return self._keep_composed(logits, np.array(last)), state
+
+    def follow(self, ids, state):
+        """Reads like `step`, but rules out a second spelling of any text.
+
+        Text is composed before it is learned, so a letter is never followed by an
+        accent where the alphabet has both as one character.
+        """
+        return self._keep_composed(self.step(ids, state), ids)
+
+    def _keep_composed(self, logits, ids):
+        for index in np.unique(ids) if self.alphabet.marks else ():
+            rows = np.flatnonzero(ids == index)
+            logits[rows[:, None], self.alphabet.respellings(index)] = -np.inf
+        return logits
 
     def prepare(self, prompt, max_len, temperature, top_k, top_p):
-        """Checks what `sample` is asked for, and completes it.
+        """Checks what `sample` is asked for.
 
-        Returns:
-            Tuple `(prompt, max_len, to_probabilities)`: the prompt in the form
-            that the model can read (`Alphabet.normalize`), the longest
-            sequence, and `distribution` as a function of logits alone.
-
-        Raises:
-            ValueError: as `sample` does.
+        Returns the prompt in the form that the model can read, the longest
+        sequence, and `distribution` as a function of logits alone.
         """
         max_len = self.max_len if max_len is None else max_len
         prompt = self.alphabet.normalize(prompt)
         self.alphabet.encode(prompt)  # raises if the model can't read it
         if len(prompt) > max_len:
-            raise ValueError(f"it has {len(prompt)} characters, but max_len is {max_len}")
+            raise UserError(f"it has {len(prompt)} characters, but max_len is {max_len}")
         shaping = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        check_shaping(**shaping)
+        distribution(np.zeros(1), **shaping)  # raises a ValueError where sampling would
         return prompt, max_len, functools.partial(distribution, **shaping)
 
     def chunk_size(self, max_len):
@@ -653,7 +656,7 @@ class SequenceModel:
         invented = np.zeros((len(logits), steps), np.min_scalar_type(len(self.alphabet) - 1))
         for step in range(steps):
             if step:
-                logits = self.step(ids, state)
+                logits = self.follow(ids, state)
             if step % DRAWS == 0:
                 block = draws(step // DRAWS)
             ids = _choose(to_probabilities(logits), block[places, step % DRAWS])
@@ -718,7 +721,12 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
     >>> distribution(np.log([0.5, 0.3, 0.2]), top_k=2)
     array([0.625, 0.375, 0.   ])
     """
-    check_shaping(temperature, top_k, top_p)
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature should be finite and at least 0. Received: {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k should be None or at least 1. Received: {top_k}")
+    if top_p is not None and not 0 <= top_p <= 1:
+        raise ValueError(f"top_p should be None or from 0 to 1. Received: {top_p}")
     if temperature == 0:
         temperature, top_k = 1.0, 1
     logits = logits - logits.max(axis=-1, keepdims=True).astype(np.float64)
@@ -741,34 +749,22 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
     return probabilities
 
 
-def check_shaping(temperature, top_k, top_p):
-    """Raises a ValueError if `distribution` does not accept these arguments."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature should be finite and at least 0. Received: {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k should be None or at least 1. Received: {top_k}")
-    if top_p is not None and not 0 <= top_p <= 1:
-        raise ValueError(f"top_p should be None or from 0 to 1. Received: {top_p}")
-
-
 # 4. The file
 
 
-def save(path, network, weights, metadata, training_state=()):
+def save(path, weights, metadata, checkpoint=()):
     """Writes a model's file: all of it or, should anything fail, nothing.
 
     The layout is Keras's own for a whole model in HDF5, so that
     `keras.models.load_model(path)` returns it compiled and ready. Beside it
-    stand the metadata and the training state.
+    stand the metadata and the checkpoint.
 
     Args:
         path: str or path-like, replaced if it exists.
-        network: `keras.Sequential` of what `build_layers` returns.
-        weights: list of float32 arrays, those that the file is to hold; they
-            need not be the network's present ones.
+        weights: list of float32 arrays, as Keras's `get_weights()` gives them.
         metadata: dict that JSON can hold, with at least `alphabet` (str, the
             sentinel first), `max_len`, `units` and `layers`.
-        training_state: list of arrays that only continuing the training needs.
+        checkpoint: list of arrays that only continuing the training needs.
 
     Raises:
         OSError: if the file can't be written; then the old one still stands.
@@ -783,24 +779,18 @@ def save(path, network, weights, metadata, training_state=()):
     """
     import keras
 
-    training_config = {
-        "loss": "sparse_categorical_crossentropy",
-        "loss_weights": None,
-        "metrics": None,
-        "weighted_metrics": None,
-        "optimizer_config": {"class_name": "Adam", "config": {}},
-    }
     shapes = weight_shapes(len(metadata["alphabet"]), metadata["units"], metadata["layers"])
     # In memory first, because HDF5 recovers badly from a full disk.
     content = io.BytesIO()
-    # The newest layout, because an attribute of the old one is limited to 64 KiB.
-    with h5py.File(content, "w", libver="latest") as file:
+    # The oldest layout in which an attribute may be longer than 64 KiB.
+    with h5py.File(content, "w", libver=("v108", "v108")) as file:
         group = file.create_group("model_weights")
         for place in (file, group):
             place.attrs["keras_version"] = keras.__version__
             place.attrs["backend"] = keras.backend.backend()
-        file.attrs["model_config"] = json.dumps(_describe_network(network))
-        file.attrs["training_config"] = json.dumps(training_config)
+        network, training = _describe_network(metadata)
+        file.attrs["model_config"] = json.dumps(network)
+        file.attrs["training_config"] = json.dumps(training)
         text = json.dumps({**metadata, "format": FORMAT}, ensure_ascii=False)
         file.attrs[METADATA] = np.bytes_(text.encode())
         layers = list(dict.fromkeys(layer for layer, _ in shapes))
@@ -809,26 +799,34 @@ def save(path, network, weights, metadata, training_state=()):
             group[f"{layer}/{name}"] = value
         for each in layers:
             group[each].attrs["weight_names"] = [name for layer, name in shapes if layer == each]
-        for index, value in enumerate(training_state):
-            file[f"{TRAINING_STATE}/{index}"] = value
+        for index, value in enumerate(checkpoint):
+            file[f"{CHECKPOINT}/{index}"] = value
     with replacing(path) as file:
         file.write(content.getbuffer())
 
 
-def _describe_network(network):
-    # Keras's own get_config() imports TensorFlow on every backend, and says things
-    # that another version of Keras 3 would not know. What is left out is its default.
-    configs = [("InputLayer", {"name": "characters", "batch_shape": network.input_shape})]
-    for layer in network.layers:
-        names = ("name", "units", "return_sequences", "rate")
-        config = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
-        configs.append((type(layer).__name__, config))
-    configs[-1][1]["activation"] = "softmax"
+def _describe_network(metadata):
+    # What Keras needs to build and compile the network. Its own get_config() imports
+    # TensorFlow on every backend, and says things that another version of Keras 3 would
+    # not know. What is left out is its default.
+    characters, units = len(metadata["alphabet"]), metadata["units"]
+    dropout = metadata.get("settings", {}).get("dropout", 0.0)
+    layers = [("InputLayer", {"name": "characters", "batch_shape": (None, None, characters)})]
+    for number in range(1, metadata["layers"] + 1):
+        config = {"name": f"lstm_{number}", "units": units, "return_sequences": True}
+        layers.append(("LSTM", config))
+        layers.append(("Dropout", {"name": f"dropout_{number}", "rate": dropout}))
+    config = {"name": "next_character", "units": characters, "activation": "softmax"}
+    layers.append(("Dense", config))
     layers = [
         {"module": "keras.layers", "class_name": name, "config": config, "registered_name": None}
-        for name, config in configs
+        for name, config in layers
     ]
-    return {"class_name": "Sequential", "config": {"name": METADATA, "layers": layers}}
+    network = {"class_name": "Sequential", "config": {"name": METADATA, "layers": layers}}
+    training = dict.fromkeys(("loss_weights", "metrics", "weighted_metrics"))
+    training["loss"] = "sparse_categorical_crossentropy"
+    training["optimizer_config"] = {"class_name": "Adam", "config": {}}
+    return network, training
 
 
 @contextlib.contextmanager
@@ -836,25 +834,35 @@ def replacing(path):
     """Opens a binary file that takes the place of the one at `path` at the end, in one step.
 
     The folder is made, a link is followed, and permissions are kept. If the
-    block fails, `path` stays as it was.
+    block fails, `path` stays as it was. A file that can be written but not
+    replaced (it is mounted into a container, or in another user's folder) gets
+    the new content written into it, which a full disk could cut short.
     """
     path = os.path.realpath(path)
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
-    number, temporary = tempfile.mkstemp(".tmp", f".{name[:50]}.", folder)
+    exists = os.path.exists(path)
+    mode = os.stat(path).st_mode & 0o777 if exists else 0o666  # less what the user's mask forbids
+    if os.access(path, os.W_OK) and not os.access(folder, os.W_OK):
+        folder = tempfile.gettempdir()
+    temporary = os.path.join(folder, f".{name[:50]}.{secrets.token_hex(4)}.tmp")
+    opener = functools.partial(os.open, mode=mode)
     try:
-        with open(number, "wb") as file:  # mkstemp lets only its owner read it
+        with open(temporary, "xb", opener=opener) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if os.path.exists(path):
-            mode = os.stat(path).st_mode & 0o777
-        else:
-            mask = os.umask(0)
-            os.umask(mask)
-            mode = 0o666 & ~mask
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
+        if exists:
+            with contextlib.suppress(OSError):  # some file systems have no permissions
+                os.chmod(temporary, mode)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if not os.access(path, os.W_OK):
+                raise
+            with open(temporary, "rb") as source, open(path, "wb") as target:
+                shutil.copyfileobj(source, target)
+            os.unlink(temporary)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -872,51 +880,51 @@ def load(path):
 
     Returns:
         Tuple `(model, metadata)`: a `SequenceModel` and the dict given to
-        `save`, with its format.
+        `save`, with its format. Beside the `alphabet`, `max_len`, `units` and
+        `layers` of the network, train.py notes there the `loader_class`, the
+        `settings` by the names of their flags, hashes of the `data` and of
+        `init_from`, `epochs`, how many were wanted, and the `history`: a list of
+        the `loss` and one of the `val_loss` of each epoch, in nats per character.
 
     Raises:
         OSError: if the file can't be opened.
-        ValueError: if it is not a model's file; the message says why.
+        UserError: if it is not a model's file; the message says why.
+
+    Example:
+
+    >>> names, metadata = load("pre_trained_models/user_names_10000.h5")
+    >>> metadata["units"], metadata["layers"], len(metadata["history"]["loss"])
+    (256, 2, 1)
     """
     with _opened(path) as file:
-        metadata = _read_metadata(file)
-        symbols, layers = metadata["alphabet"], metadata["layers"]
-        shapes = weight_shapes(len(symbols), metadata["units"], layers)
-        weights = [
-            _read_array(_find_array(file, f"model_weights/{layer}/{name}", shape), LARGEST_WEIGHT)
-            for (layer, name), shape in shapes.items()
-        ]
-        if len(file["model_weights"]) != layers + 1:
-            raise _ReadError(f"it holds more layers than the {layers} it declares")
-    return SequenceModel(Alphabet(symbols), metadata["max_len"], weights), metadata
+        return _read_model(file)
 
 
-def load_training_state(path):
-    """Reads the training state from the file that `save` wrote.
+def load_checkpoint(path):
+    """Reads a model and what continuing its training needs, both of the same epoch.
 
     Args:
         path: str or path-like.
 
     Returns:
-        List of arrays, empty if the file holds no training state.
+        Tuple `(model, metadata, checkpoint)`: what `load` returns, and the list
+        of arrays given to `save`, empty if the file holds none.
 
     Raises:
-        OSError, ValueError: as `load` does.
+        OSError, UserError: as `load` does.
     """
     with _opened(path) as file:
-        metadata = _read_metadata(file)
-        if TRAINING_STATE not in file:
-            return []
-        count = len(_follow(file, TRAINING_STATE))
+        trained, metadata = _read_model(file)
+        if CHECKPOINT not in file:
+            return trained, metadata, []
+        count = len(_follow(file, CHECKPOINT))
         if count > 16 * (metadata["layers"] + 1):
-            raise _ReadError(
-                f"it holds a larger training state than {metadata['layers']} layers need"
-            )
-        found = [_find_array(file, f"{TRAINING_STATE}/{index}") for index in range(count)]
+            raise _ReadError(f"it holds a larger checkpoint than {metadata['layers']} layers need")
+        found = [_find_array(file, f"{CHECKPOINT}/{index}") for index in range(count)]
         # Hard links can give the same bytes many names.
         if sum(array.nbytes for array in found) > file.id.get_filesize():
             raise _ReadError("its arrays claim more bytes than it has")
-        return [_read_array(array, sys.float_info.max) for array in found]
+        return trained, metadata, [_read_array(array, sys.float_info.max) for array in found]
 
 
 class _ReadError(ValueError):
@@ -928,7 +936,7 @@ def _opened(path):
     # Yields an h5py.File; whatever is wrong with the file becomes one ValueError.
     # A pipe or a device could block or never end; `open` refuses a folder.
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-        raise ValueError(f"{path} is not a regular file")
+        raise UserError(f"{path} is not a regular file")
     with open(path, "rb"):  # whose errors are clearer than those of h5py
         pass
     try:
@@ -940,7 +948,20 @@ def _opened(path):
             reason = "it is not an HDF5 file"
         elif not isinstance(error, _ReadError):
             reason = f"it is damaged: {reason}"
-        raise ValueError(f"{path} is not a model that train.py saved: {reason}") from None
+        raise UserError(f"{path} is not a model that train.py saved: {reason}") from None
+
+
+def _read_model(file):
+    metadata = _read_metadata(file)
+    symbols, layers = metadata["alphabet"], metadata["layers"]
+    shapes = weight_shapes(len(symbols), metadata["units"], layers)
+    weights = [
+        _read_array(_find_array(file, f"model_weights/{layer}/{name}", shape), LARGEST_WEIGHT)
+        for (layer, name), shape in shapes.items()
+    ]
+    if len(file["model_weights"]) != layers + 1:
+        raise _ReadError(f"it holds more layers than the {layers} it declares")
+    return SequenceModel(Alphabet(symbols), metadata["max_len"], weights), metadata
 
 
 def _read_metadata(file):
@@ -958,8 +979,8 @@ def _read_metadata(file):
         metadata = None
     if not isinstance(metadata, dict):
         raise _ReadError(f"its attribute {METADATA!r} is not a JSON object")
-    if metadata.get("format") not in READABLE_FORMATS:
-        raise _ReadError(f"this version reads the formats {READABLE_FORMATS}, and it has another")
+    if metadata.get("format") != FORMAT:
+        raise _ReadError(f"this version reads format {FORMAT}, and it has another")
     symbols = metadata.get("alphabet")
     if not isinstance(symbols, str) or not 2 <= len(symbols) <= LIMITS["alphabet"]:
         raise _ReadError(f"its alphabet is not a string of 2 to {LIMITS['alphabet']} characters")
@@ -1028,52 +1049,40 @@ def is_within(array, largest):
 # 5. What both command lines share
 
 
-class UserError(Exception):
-    """A problem that the user can fix; the message says how."""
-
-
 class CommandLine(argparse.ArgumentParser):
     """An `argparse.ArgumentParser` whose every error is one line on stderr.
 
-    Like its parent it exits with status 2. Its help shows the defaults, and
-    it accepts no abbreviations, since a new flag could change their meaning.
+    Like its parent it exits with status 2. It accepts no abbreviations, since a
+    new flag could change their meaning.
 
     Args:
-        suggest_flag: function from a word that no flag stands before, a str,
-            to what to write instead.
+        model_flag, flag: str, the flag that was probably forgotten before a word
+            that ends in `.h5`, and before any other.
         options: as its parent takes them.
     """
 
-    def __init__(self, suggest_flag, **options):
-        self.suggest_flag = suggest_flag
-        options["usage"] = f"{options['prog']} [--flag value ...]"
-        super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
+    def __init__(self, model_flag, flag, **options):
+        self.model_flag, self.flag = model_flag, flag
+        make_help = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
+        usage = f"{options['prog']} [--flag value ...]"
+        super().__init__(usage=usage, formatter_class=make_help, allow_abbrev=False, **options)
 
     def parse_args(self, args=None, namespace=None):
-        """Parses like its parent, but suggests the flag that is missing before a stray word."""
+        """Parses like its parent, but says what a stray word should have been."""
         args, strays = self.parse_known_args(args, namespace)
-        if strays and strays[0].startswith("-"):
-            flag = strays[0].partition("=")[0]
-            close = difflib.get_close_matches(flag, self._option_string_actions, 1)
-            hint = f"did you mean {close[0]}?" if close else "--help shows all"
-            self.error(f"there is no flag {flag}; {hint}")
-        if strays:
-            self.error(f"{strays[0]!r} needs a flag before it: {self.suggest_flag(strays[0])}")
-        return args
+        if not strays:
+            return args
+        word, flag = strays[0], strays[0].partition("=")[0]
+        if not word.startswith("-"):
+            missing = self.model_flag if word.endswith(".h5") else self.flag
+            self.error(f"{word!r} needs a flag before it: {missing} {word}")
+        close = difflib.get_close_matches(flag, self._option_string_actions, 1)
+        hint = f"did you mean {close[0]}?" if close else "--help shows all"
+        self.error(f"there is no flag {flag}; {hint}")
 
     def error(self, message):
         """Prints the message, a str, and exits."""
         self.exit(2, f"{self.prog}: error: {printable(message)}\n")
-
-
-class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30)
-
-    def _get_help_string(self, action):
-        if action.default is None or action.nargs == 0 or "(default" in action.help:
-            return action.help
-        return super()._get_help_string(action)
 
 
 def within(kind, low, high):
@@ -1090,30 +1099,90 @@ def within(kind, low, high):
     return parse
 
 
-@contextlib.contextmanager
-def reading(where, path, instead):
-    """Turns errors while a file is read into a UserError.
+def run_script(parser, run, args, lower):
+    """Returns the exit status of a script's `run(args)`; what stops it becomes a line on stderr.
 
-    `where` names the flag that names it, and `instead` what to pass.
+    Args:
+        parser: the script's `CommandLine`.
+        run: function that returns an exit status. It may raise a `UserError`, or a
+            KeyboardInterrupt with a signal's number and a str that says what was kept.
+        args: what `parser` parsed.
+        lower: str, the flags to lower if there is not enough memory.
     """
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:  # it was closed before the process began
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until it ends
+    before = catch_signals()
     try:
-        yield
+        with needing_packages(parser.prog):
+            return run(args)
+    except UserError as error:
+        parser.error(str(error))
+    except MemoryError:
+        parser.error(f"there is not enough memory; lower {lower}")
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"{where}: can't read {path or repr(path)}: {reason}; pass {instead}"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+        if error.errno is None:  # it does not come from the system
+            raise
+        discard(sys.stdout)
+        parser.error(f"can't write {error.filename or 'the output'}: {error.strerror}")
+    except KeyboardInterrupt as stop:
+        catch_signals(signal.SIG_IGN)  # it is stopping already
+        number, told = (*stop.args, "")[:2] if stop.args else (signal.SIGINT, "")
+        with contextlib.suppress(OSError):  # of a terminal that has gone
+            print(printable(f"Stopped: {told}") if told else "Stopped", file=sys.stderr)
+        return 128 + number
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def interrupt(number, frame):
+    """Handles a signal by raising a KeyboardInterrupt that carries its number."""
+    raise KeyboardInterrupt(number)
+
+
+def catch_signals(handler=interrupt):
+    """Handles Ctrl-C, SIGTERM, and SIGHUP, which a closed terminal sends.
+
+    What was ignored before, as `nohup` does with SIGHUP, still is. Returns what
+    handled each until now, a dict by number; it is empty where Python allows no
+    handlers, outside the main thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    names = {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}  # Windows has no SIGHUP
+    before = {number: signal.getsignal(number) for number in map(signal.Signals.__getitem__, names)}
+    for number, old in before.items():
+        if old != signal.SIG_IGN:
+            signal.signal(number, handler)
+    return before
 
 
 @contextlib.contextmanager
-def writing(flag, path):
-    """Turns errors while the file that a flag names is written into a UserError."""
+def holding_signals():
+    """Lets a block end before a signal interrupts: what it changes is changed as a whole."""
+    held = []
+    catch_signals(lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        catch_signals()
+    if held:
+        raise KeyboardInterrupt(held[0])
+
+
+@contextlib.contextmanager
+def naming(flag, path, doing="read"):
+    """Names a flag and its file in what goes wrong when that is read or written: a UserError."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"{flag}: can't write {path}: {error.strerror or error}") from None
+        if error.errno is None:
+            raise
+        reason = f"can't {doing} {path or repr(path)}: {error.strerror}"
+        raise UserError(f"{flag}: {reason}; check the path") from None
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from None
 
 
 def check_target(flag, path, inputs):
@@ -1126,13 +1195,14 @@ def check_target(flag, path, inputs):
     for name, other in inputs:
         if other is not None and is_same_file(path, other):
             raise UserError(f"{flag}: {path} is the file of {name}; pass another one")
-    with writing(flag, path):
+    with naming(flag, path, "write"):
         with contextlib.suppress(FileNotFoundError):
             os.stat(path)  # which fails for a name that is too long, or a circular link
         folder = pathlib.Path(os.path.realpath(path)).parent
         existing = next(each for each in (folder, *folder.parents) if each.exists())
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        if not os.access(path, os.W_OK):
+            with tempfile.TemporaryFile(dir=existing):
+                pass
 
 
 def is_same_file(path, other):
@@ -1155,46 +1225,30 @@ def perplexity(nats):
     return math.exp(nats) if nats < 700 else math.inf
 
 
-def open_closed_streams():
-    """Opens the null device for each standard stream that was closed before the process began."""
-    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until it ends
+def reconfigure(stream, **options):
+    """Reconfigures a standard stream, unless a notebook or a program has put its own there."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(**options)
 
 
 def discard(stream):
-    """Redirects a standard stream of the process to the null device."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    """Redirects a standard stream of the process, if it is one, to the null device."""
+    with contextlib.suppress(OSError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def printable(text):
     """Returns a str that can't steer the terminal it is shown on.
 
-    Every character that Python calls not printable (control and format
-    characters, line ends, lone surrogates) or that Unicode says to show as
-    nothing is replaced by its escape.
+    Characters that Python calls not printable (control and format characters,
+    line ends, lone surrogates), and those that are `INVISIBLE`, are replaced by
+    their escapes, but for `JOINERS`.
     """
     if text.isascii() and text.isprintable():
         return text
     return "".join(
         character
-        if character.isprintable() and not INVISIBLE.match(character)
+        if character in JOINERS or (character.isprintable() and not INVISIBLE.match(character))
         else character.encode("unicode_escape").decode()
         for character in text
     )
-
-
-def interrupt(number, frame):
-    """Handles a signal by raising a KeyboardInterrupt that carries its number."""
-    raise KeyboardInterrupt(number)
-
-
-def catch_signals(handler=interrupt):
-    """Handles Ctrl-C, SIGTERM, and SIGHUP, which a closed terminal sends.
-
-    What was ignored before, as `nohup` does with SIGHUP, still is.
-    """
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)

@@ -1,10 +1,11 @@
 """Invents sequences with a model that train.py saved.
 
-The flags → the model → sampling, the most likely sequences or scores → a prompt,
-a pipe or a file. Neither Keras nor its backends are imported. `run`,
-near the end, is the whole of it.
+The flags → the model → sampling, the most likely sequences or scores → a terminal,
+a pipe or a file. Neither Keras nor its backends are imported. `run`, near the end,
+is the whole of it.
 """
 
+import bisect
 import contextlib
 import csv
 import dataclasses
@@ -19,11 +20,20 @@ import sys
 import unicodedata
 import warnings
 
-import numpy as np
+from loaders import (
+    LOADERS,
+    LONGEST_LINE,
+    UserError,
+    compose,
+    find_loader,
+    needing_packages,
+    open_text,
+)
 
-import model
-from loaders import LOADERS, LONGEST_LINE, compose, find_loader
-from model import CommandLine, UserError, within
+with needing_packages("sample.py"):
+    import numpy as np
+
+    import model
 
 DESCRIPTION = "Invents sequences with a model that train.py saved."
 EXAMPLES = r"""examples:
@@ -32,166 +42,99 @@ EXAMPLES = r"""examples:
   printf 'th\nqu\n' | python sample.py --most_likely 3
 
 On a terminal it asks for prompts; from a pipe, each line is a prompt. Results
-go to stdout, everything else to stderr.
+go to stdout, everything else to stderr. For --exclude and --score, - is stdin.
 """
-ENGLISH_WORDS = (
-    pathlib.Path(__file__).resolve().parent / "pre_trained_models" / "english_words_5000.h5"
-)
+WORDS = pathlib.Path(__file__).resolve().parent / "pre_trained_models" / "english_words_5000.h5"
 MOST_IDLE = 20_000  # after this many in a row without a new one, assume that none are left
 # Bytes that a search for the most likely sequences may take: a base, an addition for each
 # sequence that is wanted, and a cap on their sum.
 SEARCH_MEMORY = 3 * 2**25, 2**19, 2**30
 SCREENFUL = 1000  # sequences that are arranged together on a terminal
 # Flags that make no sense where nothing is drawn.
-UNUSED = {
+CONFLICTS = {
     "most_likely": "num_samples unique seed",
     "score": "prompt num_samples temperature top_k top_p unique exclude seed",
 }
+# How names end that promise what --output does not write.
+UNWRITTEN = {".xlsx", ".xls", ".ods", ".tsv", ".tab", ".json", ".gz", ".bz2", ".xz", ".zip", ".h5"}
+ESCAPED = r"line ends within sequences are written as \n and \r; a .csv keeps them as they are"
+CTRL_C = (signal.SIGINT,), ()  # what a KeyboardInterrupt by Ctrl-C holds: ours, and Python's own
 
 
-def parse_arguments(arguments=None):
+def parse_arguments(arguments):
     """Returns the parser and the parsed arguments (those of the process if None)."""
-    parser = CommandLine(suggest_flag, prog="sample.py", description=DESCRIPTION, epilog=EXAMPLES)
+    parser = model.CommandLine(
+        "--weights_path", "--prompt", prog="sample.py", description=DESCRIPTION, epilog=EXAMPLES
+    )
+    path = os.path.expanduser  # shells leave the ~ of --output=~/new.txt as it is
+    whole = model.within(int, 1, 10**12)
 
-    source = parser.add_argument_group("model and prompt")
-    source.add_argument(
-        "--weights_path",
-        metavar="FILE",
-        default=str(ENGLISH_WORDS),
-        help="the model (default: the bundled English words)",
-    )
-    source.add_argument(
-        "--prompt",
-        metavar="TEXT",
-        nargs="+",
-        action="extend",
-        help="how the sequences begin ('' for any beginning); answer and exit; write --prompt=-a "
-        "for a dash",
-    )
+    def add(flag, metavar, kind, text, **options):
+        group.add_argument(flag, metavar=metavar, type=kind, help=text, **options)
 
-    drawing = parser.add_argument_group("drawing")
-    drawing.add_argument(
-        "--num_samples",
-        metavar="N",
-        type=within(int, 1, 10**12),
-        default=100,
-        help="sequences per prompt",
-    )
-    drawing.add_argument(
-        "--temperature",
-        metavar="T",
-        type=within(float, 0, 1000),
-        default=1.0,
-        help="below 1 for safer characters, above 1 for bolder ones; 0 always takes the likeliest",
-    )
-    drawing.add_argument(
-        "--top_k",
-        metavar="K",
-        type=within(int, 1, model.LIMITS["alphabet"]),
-        help="draw from the K likeliest characters (default: all)",
-    )
-    drawing.add_argument(
-        "--top_p",
-        metavar="P",
-        type=within(float, 0, 1),
-        help="draw from the likeliest characters that together have probability P (default: 1)",
-    )
-    drawing.add_argument(
-        "--max_len",
-        metavar="N",
-        type=within(int, 1, model.LIMITS["max_len"]),
-        help="stop after N characters (default: as in training)",
-    )
-    drawing.add_argument(
-        "--seed",
-        metavar="N",
-        type=within(int, 0, 2**64 - 1),
-        help="make the results repeatable (default: they differ)",
-    )
-    drawing.add_argument("--unique", action="store_true", help="never repeat a sequence")
-    drawing.add_argument(
-        "--exclude",
-        metavar="FILE",
-        nargs="+",
-        action="extend",
-        help="skip sequences found in these files",
-    )
+    group = parser.add_argument_group("model and prompt")
+    add("--weights_path", "FILE", path, "the model (default: English words)", default=str(WORDS))
+    text = "how sequences begin ('' for any beginning); answer and exit; --prompt=-a for a dash"
+    add("--prompt", "TEXT", str, text, nargs="+", action="extend")
 
-    other = parser.add_argument_group("instead of drawing").add_mutually_exclusive_group()
-    other.add_argument(
-        "--most_likely",
-        metavar="K",
-        type=within(int, 1, 1_000_000),
-        help="print the K most probable sequences, each after its probability and a tab",
-    )
-    other.add_argument(
-        "--score",
-        metavar="FILE",
-        help="print the sequences of a file, each after its nats per character and a tab; the "
-        "mean goes to stderr",
-    )
+    group = parser.add_argument_group("drawing")
+    add("--num_samples", "N", whole, "sequences per prompt (default: %(default)s)", default=100)
+    text = "below 1 is safer, above 1 bolder, 0 always the likeliest (default: %(default)s)"
+    add("--temperature", "T", model.within(float, 0, 1000), text, default=1.0)
+    add("--top_k", "K", whole, "draw from the K likeliest characters (default: all)")
+    text = "draw from the likeliest characters that together have probability P (default: 1)"
+    add("--top_p", "P", model.within(float, 0, 1), text)
+    longest = model.within(int, 1, model.LIMITS["max_len"])
+    add("--max_len", "N", longest, "stop after N characters (default: as in training)")
+    add("--seed", "N", model.within(int, 0, 2**64 - 1), "repeatable (default: results differ)")
+    group.add_argument("--unique", action="store_true", help="never repeat a sequence")
+    text = "skip sequences found in these files"
+    add("--exclude", "FILE", path, text, nargs="+", action="extend", default=[])
 
-    files = parser.add_argument_group("files")
-    files.add_argument(
-        "--loader_class",
-        metavar="CLASS",
-        choices=LOADERS,
-        help="how to read the files of --exclude and --score, as in train.py (default: by name)",
-    )
-    files.add_argument(
-        "--output",
-        metavar="FILE",
-        help="write the results here, with a header if it ends in .csv; Ctrl-C keeps what "
-        "has been written",
-    )
+    group = parser.add_argument_group("instead of drawing").add_mutually_exclusive_group()
+    add("--most_likely", "K", whole, "print the K most probable sequences, with probabilities")
+    text = "print a file's sequences, each after its nats per character; the mean goes to stderr"
+    add("--score", "FILE", path, text)
+
+    group = parser.add_argument_group("files")
+    text = "how to read the files of --exclude and --score, as in train.py (default: by name)"
+    add("--loader_class", "CLASS", str, text, choices=LOADERS)
+    text = "write the results here, with a header if it ends in .csv; Ctrl-C keeps what is written"
+    add("--output", "FILE", path, text)
     args = parser.parse_args(arguments)
-    for mode, names in UNUSED.items():
-        if getattr(args, mode) is None:
-            continue
-        for name in names.split():
+    if args.output == "-":
+        args.output = None  # standard output, as without the flag
+    for mode in [mode for mode in CONFLICTS if getattr(args, mode) is not None]:
+        for name in CONFLICTS[mode].split():
             if getattr(args, name) != parser.get_default(name):
                 parser.error(f"--{mode} can't be combined with --{name}; omit one of them")
     return parser, args
-
-
-def suggest_flag(word):
-    """Returns what to write for a word, a str, that no flag stands before."""
-    is_model = word.endswith(".h5") or os.path.isfile(word)
-    return f"{'--weights_path' if is_model else '--prompt'} {word}"
 
 
 # Drawing
 
 
 def pick_new(sequences, known, unique, count, warn):
-    """Yields the new ones among the sequences.
+    """Yields `count` sequences that are not in `known`, and if `unique` adds them to it.
 
-    Args:
-        sequences: iterable of str.
-        known: set of str, those that are not new.
-        unique: bool, whether each that was passed on is known from then on.
-        count: int, how many to pass on.
-        warn: function called with a message if there are fewer: if none of
-            `MOST_IDLE` in a row was new.
-
-    Yields:
-        str.
+    Calls `warn` with a message if `MOST_IDLE` in a row were known.
     """
     found = idle = 0
     for text in sequences:
-        if text not in known:
+        if text in known:
+            idle += 1
+        else:
             found, idle = found + 1, 0
             if unique:
                 known.add(text)
             yield text
-            if found == count:
-                return
-        elif (idle := idle + 1) == MOST_IDLE:
-            warn(
-                f"the model has nothing new left: found {found:,} of {count:,}, and none of the "
-                f"last {MOST_IDLE:,} was new"
-            )
-            return
+        if found == count or idle == MOST_IDLE:
+            break
+    if found < count:
+        warn(
+            f"the model has nothing new left: found {found:,} of {count:,}; a higher --temperature "
+            "may find more"
+        )
 
 
 # The most likely sequences
@@ -199,20 +142,12 @@ def pick_new(sequences, known, unique, count, warn):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Prefix:
-    """The beginning of sequences, with what may follow it.
-
-    Attributes:
-        text: str.
-        state: `model.State` of one row, after the text was read.
-        following: int array `(characters,)`: ids, the likeliest first.
-        values: float64 array of that shape: the log-probabilities of the
-            text followed by each of them.
-    """
+    """The beginning of sequences, with what may follow it."""
 
     text: str
-    state: model.State
-    following: np.ndarray
-    values: np.ndarray
+    state: model.State  # of one row, after the text was read
+    following: np.ndarray  # the ids of what may follow, the likeliest first
+    values: np.ndarray  # the log-probability of the text followed by each of them
 
 
 class Search:
@@ -223,20 +158,11 @@ class Search:
     as every prefix that is still open, or was given up for lack of memory;
     and a prefix can be forgotten once enough whole sequences are at least as
     probable.
-
-    Args:
-        trained: `model.SequenceModel`.
-        count: int, how many sequences are wanted.
-        max_len: int, the longest sequence.
-        to_probabilities: function from logits.
-        exclude: container of str that are not wanted.
     """
 
     def __init__(self, trained, count, max_len, to_probabilities, exclude):
-        self.trained = trained
-        self.max_len = max_len
+        self.trained, self.max_len, self.exclude = trained, max_len, exclude
         self.to_probabilities = to_probabilities
-        self.exclude = exclude
         state = trained.start()
         # An id and a log-probability for each follower, the text, and Python's own objects.
         size = state.hidden.nbytes + state.cell.nbytes + 16 * len(trained.alphabet) + 4 * max_len
@@ -244,32 +170,53 @@ class Search:
         self.memory = min(base + each * count, most)
         self.limit = max(2, self.memory // (size + 1000))  # of prefixes and whole sequences
         self.count = min(count, self.limit // 2)
-        # Heaps: the least stands first, hence the signs.
-        self.whole = []  # (-log-probability, sequence)
-        self.best = []  # the log-probabilities of the `count` best so far, the worst first
-        self.open = []  # (-log-probability, serial, rank, prefix): its rank-th follower
+        # The least stands first, hence the signs.
+        self.whole = []  # sorted: (-log-probability, sequence) of the `count` best so far
+        self.found = 0  # how many of these are proven
+        self.open = []  # a heap: (-log-probability, serial, rank, prefix): its rank-th follower
         self.serial = itertools.count()  # a tie-breaker, so that prefixes are never compared
         self.given_up = -math.inf  # the log-probability of the best prefix that was
 
     @property
     def floor(self):
         """The log-probability, a float, that a sequence must exceed to be among the best."""
-        return self.best[0] if len(self.best) == self.count else -math.inf
+        return -self.whole[-1][0] if 0 < self.count == len(self.whole) else -math.inf
+
+    def find(self, prompt, count, warn):
+        """Yields `most_likely`'s tuples, as long as they are proven."""
+        if len(prompt) == self.max_len:
+            self.add(0.0, prompt)
+        else:
+            self.add_followers([prompt], np.zeros(1), *self.trained.read_prompt(prompt))
+        while self.found < self.count and (self.open or self.found < len(self.whole)):
+            value, text = self.whole[self.found] if self.found < len(self.whole) else (math.inf, "")
+            prefix = self.open[0][0] if self.open else math.inf
+            if -min(prefix, value) < self.given_up:
+                break
+            if prefix < value:
+                self.read_best()
+            else:
+                self.found += 1
+                yield text, math.exp(-value)
+        reason = "no other sequence is possible"
+        if self.found == self.count or self.given_up > -math.inf:
+            reason = f"to prove more would take over {self.memory / 2**20:,.0f} MiB of memory"
+            reason += "; a longer --prompt, a lower --temperature or --top_k needs less"
+        if self.found < count:
+            warn(f"found {self.found:,} of {count:,}: {reason}")
 
     def add(self, value, text):
         """Adds a whole sequence, a str, with its log-probability, a float."""
-        if value > self.floor and compose(text) not in self.exclude:
-            heapq.heappush(self.whole, (-value, text))
-            full = len(self.best) == self.count
-            (heapq.heappushpop if full else heapq.heappush)(self.best, value)
+        text = compose(text)
+        if value > self.floor and text not in self.exclude:
+            bisect.insort(self.whole, (-value, text), self.found)
+            del self.whole[self.count :]
 
     def add_followers(self, texts, values, logits, state):
         """Adds what follows prefixes that were read: the ends of some, and longer prefixes.
 
-        Args:
-            texts: list of str.
-            values: float array `(len(texts),)`, their log-probabilities.
-            logits, state: what the network returned for them.
+        `values` are the log-probabilities of the texts, `logits` and `state` what the
+        network returned for them.
         """
         with np.errstate(divide="ignore"):  # the impossible becomes -inf
             values = np.log(self.to_probabilities(logits)) + values[:, None]
@@ -301,7 +248,7 @@ class Search:
             np.concatenate([prefix.state.hidden for prefix in prefixes]),
             np.concatenate([prefix.state.cell for prefix in prefixes], axis=1),
         )
-        logits = self.trained.step(np.array(ids), state)
+        logits = self.trained.follow(np.array(ids), state)
         symbols = self.trained.alphabet.symbols
         texts = [prefix.text + symbols[index] for index, prefix in zip(ids, prefixes)]
         self.add_followers(texts, np.array(values), logits, state)
@@ -309,30 +256,13 @@ class Search:
             self.forget()
 
     def forget(self):
-        """Forgets what can't be one of the best and, if that is too little, unlikely prefixes."""
-        self.whole = sorted(entry for entry in self.whole if -entry[0] >= self.floor)
+        """Forgets prefixes that can't lead to one of the best or, if too few, the unlikeliest."""
         self.open = sorted(entry for entry in self.open if -entry[0] > self.floor)
         # Leaves room, so that this does not run again at once.
         room = self.limit * 7 // 8 - len(self.whole)
         if len(self.open) > room:
             self.given_up = max(self.given_up, -self.open[room][0])
             del self.open[room:]
-
-    def take_best(self):
-        """Returns the best of the remaining sequences.
-
-        Returns:
-            Tuple `(log-probability, sequence)`, or None if there is none or
-            it can't be proven within the memory.
-        """
-        while self.open and (not self.whole or self.open[0][0] < self.whole[0][0]):
-            if -self.open[0][0] < self.given_up:
-                return None
-            self.read_best()
-        if not self.whole or -self.whole[0][0] < self.given_up:
-            return None
-        value, text = heapq.heappop(self.whole)
-        return -value, text
 
 
 def most_likely(
@@ -358,8 +288,9 @@ def most_likely(
             remembered than fit into the bytes that `SEARCH_MEMORY` allows.
 
     Returns:
-        An iterator of tuples `(probability, sequence)`, the best first. Each
-        comes as soon as it is proven. Sequences are composed (NFC).
+        An iterator of tuples `(sequence, probability)`, the most probable
+        first. Sequences are composed (NFC); the probability is that of
+        inventing one given the prompt. Each comes as soon as it is proven.
 
     Raises:
         ValueError: as `sample` does.
@@ -367,33 +298,11 @@ def most_likely(
     Example:
 
     >>> list(most_likely(names, "Al", count=2))
-    [(0.0..., 'Al...'), (0.0..., 'Al...')]
+    [('Al...', 0.0...), ('Al...', 0.0...)]
     """
     prompt, max_len, to_probabilities = trained.prepare(prompt, max_len, temperature, top_k, top_p)
-    return _take_proven(
-        Search(trained, count, max_len, to_probabilities, exclude), prompt, count, warn
-    )
-
-
-def _take_proven(search, prompt, count, warn):
-    if len(prompt) == search.max_len:
-        search.add(0.0, prompt)
-    else:
-        logits, state = search.trained.read_prompt(prompt)
-        search.add_followers([prompt], np.zeros(1), logits, state)
-    for found in range(count):
-        best = search.take_best() if found < search.count else None
-        if best is None:
-            if found == search.count or search.given_up > -math.inf:
-                warn(
-                    f"only {found:,} of {count:,} are proven to be the most likely: more would "
-                    f"take over {search.memory / 2**20:,.0f} MiB of memory; a longer --prompt, a "
-                    "lower --temperature or --top_k needs less"
-                )
-            else:
-                warn(f"found {found:,} of {count:,}: no other sequence is possible")
-            return
-        yield math.exp(best[0]), compose(best[1])
+    search = Search(trained, count, max_len, to_probabilities, exclude)
+    return search.find(prompt, count, warn)
 
 
 # Scores
@@ -411,166 +320,139 @@ def score(trained, sequences, max_len=None):
         max_len: int or None, how many characters of each to read; None is
             the model's.
 
-    Yields:
-        Tuple `(sequence, nats, length)`: a str; a float, its negative
-        log-likelihood; and an int, how many characters and ends that covers.
-        `inf` and 0 if it holds a character that the model can't read.
+    Returns:
+        An iterator of tuples `(sequence, nats, length)`: a str; a float, its
+        negative log-likelihood, `inf` if it holds a character that the model
+        can't read; and an int, how many characters and ends that covers.
+
+    Raises:
+        TypeError: if `sequences` is a str.
 
     Example:
 
     >>> [(text, nats / length) for text, nats, length in score(names, ["Alan", "Xqzj"])]
     [('Alan', 2.9...), ('Xqzj', 4.6...)]
     """
+    if isinstance(sequences, str):
+        raise TypeError(f"sequences should be an iterable of str, not one. Received: {sequences!r}")
     max_len = trained.max_len if max_len is None else max_len
-    iterator = iter(sequences)
-    while block := list(itertools.islice(iterator, trained.chunk_size(max_len))):
-        yield from zip(block, *_score(trained, block, max_len))
+    iterator, size = iter(sequences), trained.chunk_size(max_len)
+    blocks = iter(lambda: list(itertools.islice(iterator, size)), [])
+    return itertools.chain.from_iterable(_score(trained, block, max_len) for block in blocks)
 
 
 def _score(trained, texts, max_len):
-    rows, lengths = [], np.zeros(len(texts), int)
-    for index, text in enumerate(texts):
-        text = trained.alphabet.normalize(text)
+    read = [trained.alphabet.normalize(text) for text in texts]
+    lengths = np.array([min(len(text), max_len) + (len(text) <= max_len) for text in read])
+    ids = np.zeros((len(texts), lengths.max() + 1), int)  # the sentinel first
+    nats = np.zeros(len(texts))
+    for row, text in enumerate(read):
         try:
-            rows.append(trained.alphabet.encode(text[:max_len]))
-            lengths[index] = len(rows[-1]) + (len(text) <= max_len)
-        except ValueError:
-            rows.append(np.zeros(0, int))
+            ids[row, 1 : min(len(text), max_len) + 1] = trained.alphabet.encode(text[:max_len])
+        except UserError:
+            nats[row] = np.inf
     order = np.argsort(-lengths, kind="stable")  # so that those still being read are the first
-    padded = np.zeros((len(texts), lengths.max() + 1), int)
-    for place, index in enumerate(order):
-        padded[place, 1 : len(rows[index]) + 1] = rows[index]
     state = trained.start(len(texts))
-    nats = np.where(lengths > 0, 0.0, np.inf)
     for step in range(lengths.max()):
-        count = np.count_nonzero(lengths > step)
-        logits = trained.step(padded[:count, step], state).astype(np.float64)
+        rows = order[: np.count_nonzero(lengths > step)]
+        logits = trained.step(ids[rows, step], state).astype(np.float64)
         logits -= logits.max(axis=1, keepdims=True)
-        likelihood = logits[np.arange(count), padded[:count, step + 1]]
-        nats[order[:count]] += np.log(np.exp(logits).sum(axis=1)) - likelihood
-    return nats.tolist(), lengths.tolist()
+        likelihood = logits[np.arange(len(rows)), ids[rows, step + 1]]
+        nats[rows] += np.log(np.exp(logits).sum(axis=1)) - likelihood
+    return zip(texts, nats.tolist(), lengths.tolist())
 
 
-# Finding results as the command line asks: tuples of a sequence and perhaps a number
+# Finding results as the command line asks: rows of a sequence and perhaps a number
 
 
-def make_finder(args, trained, unwanted, note):
-    """Makes the function that finds the results for a prompt, as the command line asks.
-
-    Args:
-        args: the command line.
-        trained: `model.SequenceModel`.
-        unwanted: set of str, what must not be found.
-        note: function called with a message if there are fewer results.
-    """
+def make_finder(args, trained, known, notes):
+    """Returns the function that finds the rows for a prompt and notes why there are fewer."""
     rng = np.random.default_rng(args.seed)
-    shaping = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "max_len")}
+    shape = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "max_len")}
 
     def find(prompt):
         def warn(message):
-            note(f"{prompt!r}: {message}" if prompt else message)
+            notes.append(f"{prompt!r}: {message}" if prompt else message)
 
         if args.most_likely is not None:
-            limits = {"exclude": unwanted, "warn": warn}
-            likeliest = most_likely(trained, prompt, args.most_likely, **shaping, **limits)
-            return ((text, f"{probability:#.6g}") for probability, text in likeliest)
-        picky = args.unique or args.exclude is not None
-        count = None if picky else args.num_samples
-        texts = trained.sample(prompt, count, **shaping, seed=rng)
-        if picky:
-            texts = pick_new(texts, unwanted, args.unique, args.num_samples, warn)
-        return zip(texts)
+            best = most_likely(trained, prompt, args.most_likely, **shape, exclude=known, warn=warn)
+            return ((text, f"{probability:#.6g}") for text, probability in best)
+        if not (args.unique or args.exclude):
+            return zip(trained.sample(prompt, args.num_samples, **shape, seed=rng))
+        texts = trained.sample(prompt, None, **shape, seed=rng)
+        return zip(pick_new(texts, known, args.unique, args.num_samples, warn))
 
     return find
 
 
 def find_for_all(find, prompts):
-    """Yields the results for each prompt; raises a UserError at one that can't be answered."""
+    """Yields the rows for each prompt; raises a UserError at one that can't be answered."""
     for number, prompt in enumerate(prompts, start=1):
-        try:
-            yield from find(prompt)
-        except ValueError as error:
-            raise UserError(f"prompt {number}: {error}; nothing was written") from None
+        with model.naming(f"prompt {number}", prompt):
+            rows = find(prompt)
+        yield from rows
 
 
-def find_scores(args, trained, note):
-    """Yields the results of `--score`, and finally notes their mean."""
-    total = steps = scored = unknown = cut = 0
-    max_len = args.max_len or trained.max_len
-    for text, nats, length in score(trained, read_sequences(args, "--score", args.score), max_len):
-        yield text, f"{nats / max(length, 1):.6f}"
-        if length:
-            total, steps, scored = total + nats, steps + length, scored + 1
-            cut += len(text) > max_len
-        else:
+def find_scores(trained, sequences, max_len, notes):
+    """Yields the rows of `--score`, and notes their mean and what it leaves out."""
+    total = targets = known = unknown = cut = 0
+    for text, nats, length in score(trained, sequences, max_len):
+        yield text, f"{nats / length:.6f}"
+        if math.isinf(nats):
             unknown += 1
-    if scored:
-        mean = total / steps
-        note(
+        else:
+            total, targets, known = total + nats, targets + length, known + 1
+            cut += len(text) > max_len
+    if known:
+        mean = total / targets
+        notes.append(
             f"{mean:.6f} nats per character, perplexity {model.perplexity(mean):.6g}: the mean "
-            f"over {scored:,} sequences with {steps:,} characters and end marks"
+            f"over {quantity(known)} with {targets:,} characters and end marks"
         )
     if unknown:
-        which = f"{unknown:,} more sequences" if scored else f"all {unknown:,} sequences"
-        note(f"{which} contain characters that the model does not know")
+        notes.append(f"not scored: {quantity(unknown)} with characters that the model never saw")
     if cut:
-        note(f"{cut:,} were longer than {max_len} characters and cut (--max_len)")
+        notes.append(f"cut to {max_len} characters (--max_len): {quantity(cut)}")
 
 
-def read_sequences(args, flag, path):
-    """Yields the sequences of the file that a flag names; raises a UserError if it can't."""
-    with model.reading(flag, path, "a file of sequences"):
-        yield from find_loader(path, args.loader_class)(path)
+def read_sequences(flag, path, loader_class, notes):
+    """Yields the sequences of the file that a flag names, and notes what its loader advises."""
+    with model.naming(flag, path):
+        loader = find_loader(path, loader_class)(path)
+        yield from loader
+    if loader.advice:
+        notes.append(f"{path}: {loader.advice}")
 
 
-# Showing them
+def quantity(count):
+    """Returns how to say how many sequences there are, a str."""
+    return f"{count:,} sequence{'' if count == 1 else 's'}"
 
 
-def show(lines, columns):
-    """Writes lines, an iterable of str, to stdout, in columns if asked to."""
-    lines = iter(lines)
-    while columns and (block := list(itertools.islice(lines, SCREENFUL))):
-        show_in_columns(block)
-    sys.stdout.writelines(f"{line}\n" for line in lines)
-    sys.stdout.flush()
+# Showing or writing them
 
 
-def show_in_columns(texts):
-    """Prints a list of str in as many columns as fit the terminal, to be read downwards."""
-    # A terminal that knows how to write from right to left would reorder the columns.
-    if any(unicodedata.bidirectional(symbol) in ("R", "AL") for text in texts for symbol in text):
-        print(*texts, sep="\n")
-        return
-    # Here, because they take time to import.
-    from rich.columns import Columns
-    from rich.console import Console
-    from rich.text import Text
-
-    console, cells = Console(), [Text(text) for text in texts]
-    if max(cell.cell_len for cell in cells) > console.width:
-        print(*texts, sep="\n")  # a table would cut or fold what is wider
-    else:
-        console.print(Columns(cells, padding=(0, 2), column_first=True))
+def tell(text):
+    """Prints a line on stderr; a closed stderr is no reason to stop."""
+    with contextlib.suppress(OSError):
+        print(model.printable(text), file=sys.stderr)
 
 
-def with_progress(results, total, shown):
-    """Yields results while a bar on stderr, if it is to be shown, counts them up to `total`."""
-    if not shown:
-        yield from results
-        return
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
-
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    options = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
-    with Progress(*columns, console=Console(stderr=True), **options) as progress:
-        yield from progress.track(results, total, description="")
+def tell_all(notes):
+    """Tells and forgets the notes, a list of str."""
+    while notes:
+        tell(f"sample.py: {notes.pop(0)}")
 
 
-def to_line(result, escape):
-    """Returns a result as a line, its number first and its sequence as `escape` returns it."""
-    text, *number = result
+def to_line(row, escape):
+    """Returns a row as a line, its number first and its sequence as `escape` returns it."""
+    text, *number = row
     return "\t".join([*number, escape(text)])
+
+
+def keep_to_one_line(text):
+    """Returns a str with an escape for each character that ends a line."""
+    return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def to_csv(values):
@@ -580,84 +462,138 @@ def to_csv(values):
     return row.getvalue().removesuffix("\r\n")
 
 
-def write(path, lines, header):
-    """Replaces a file by one with a header and these lines, or those that came before Ctrl-C.
+def show(lines, columns):
+    """Writes lines, an iterator of str, to stdout, in columns if asked to."""
+    if columns:
+        for first in lines:
+            show_in_columns([first, *itertools.islice(lines, SCREENFUL - 1)])
+    else:
+        sys.stdout.writelines(f"{line}\n" for line in lines)
+    sys.stdout.flush()
 
-    Returns how many lines it wrote and the KeyboardInterrupt that stopped it, or
-    None. If that came before the first line, the old file still stands.
+
+def show_in_columns(texts):
+    """Prints a list of str in as many columns as fit the terminal, to be read downwards."""
+    # Here, because they take time to import.
+    from rich.columns import Columns
+    from rich.console import Console
+    from rich.text import Text
+
+    console, cells = Console(), [Text(text) for text in texts]
+    # A terminal that knows how to write from right to left would reorder the columns.
+    mirrored = any(unicodedata.bidirectional(symbol) in ("R", "AL") for symbol in "".join(texts))
+    # A table would cut or fold what is wider than the terminal.
+    if mirrored or max(cell.cell_len for cell in cells) > console.width:
+        print(*texts, sep="\n")
+    else:
+        console.print(Columns(cells, padding=(0, 2), column_first=True))
+
+
+def with_progress(rows, total, shown):
+    """Yields rows while a bar on stderr, if it is to be shown, counts them up to `total`."""
+    if not shown:
+        yield from rows
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress
+
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    options = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
+    with Progress(*columns, console=Console(stderr=True), **options) as progress:
+        yield from progress.track(rows, total, description="")
+
+
+def stop_once(number, frame):
+    """Handles the first signal as `model.interrupt` does, and lets no other disturb the rest."""
+    model.catch_signals(signal.SIG_IGN)
+    model.interrupt(number, frame)
+
+
+def write(path, rows, number_name, notes):
+    """Replaces a file by one with these rows, or those that came before Ctrl-C; returns status 0.
+
+    If Ctrl-C came before the first row, the old file still stands. Once the last
+    row is written signals are ignored, lest one undo that or go unanswered.
     """
-    count, stopped = 0, None
-    with model.replacing(path) as file:
+
+    def escape(text):
+        escaped = keep_to_one_line(text)
+        if escaped != text and ESCAPED not in notes:
+            notes.append(ESCAPED)
+        return escaped
+
+    header, lines = "", (to_line(row, escape) for row in rows)
+    if path.lower().endswith(".csv"):
+        header, lines = to_csv(["sequence", *number_name]) + "\n", map(to_csv, rows)
+    count, stopped_by = 0, None
+    model.catch_signals(stop_once)
+    # Rows are closed, so that the bar is gone before anything is told.
+    with contextlib.closing(rows), model.replacing(path) as file:
         size = file.write(header.encode())
         try:
             for line in lines:
                 size += file.write(line.encode() + b"\n")
                 count += 1
+            model.catch_signals(signal.SIG_IGN)
         except KeyboardInterrupt as stop:
-            if not count:
-                raise  # the old file is worth more
-            stopped = stop
+            stopped_by = stop.args[0] if stop.args else signal.SIGINT
+            if not count:  # the old file is worth more
+                raise KeyboardInterrupt(stopped_by, "nothing was written") from None
             file.seek(size)  # drops a half-written line
             file.truncate()
-    return count, stopped
+    tell_all(notes)
+    told = f"{path} holds {quantity(count)}"
+    if stopped_by is not None:
+        raise KeyboardInterrupt(stopped_by, told)
+    tell(told)
+    return 0
 
 
 # Asking for prompts
 
 
 def converse(answer, path):
-    """Asks for prompts on the terminal until the user leaves; `answer` takes each.
+    """Asks for prompts until the user leaves, calls `answer` with each, and returns status 0.
 
     Ctrl-C clears a line or stops an answer. Only the second in a row at an
     empty prompt leaves. `path` is the model's, told because it may be the default.
     """
-    typed = str  # what an interrupted line holds: nothing, as far as is known without readline
+    readline = None  # which not every system has
     with contextlib.suppress(ImportError):
         import readline  # input() edits lines once it is imported
-
-        typed = readline.get_line_buffer
-    tell(f"Sampling from {path}")
-    tell("Type how a sequence should begin and press Enter, or just press Enter. Ctrl-D leaves.")
-    stopped = False
-    while True:
+    tell(f"Sampling from {os.path.basename(path)}")
+    tell("Type how a sequence should begin, or nothing, and press Enter. Ctrl-D leaves.")
+    stops = 0  # how often Ctrl-C came in a row at an empty prompt
+    while stops < 2:
+        prompt = None
         try:
-            prompt = ask("> ")
+            prompt = ask()
+            stops = 0
+            answer(prompt)
         except EOFError:
             tell("")
-            return
-        except KeyboardInterrupt as stop:
-            tell("")
-            if stop.args != (signal.SIGINT,):
-                raise
-            empty = not typed()
-            if empty and stopped:
-                return
-            if empty:
-                tell("Press Ctrl-C again to leave.")
-            stopped = empty
-            continue
-        try:
-            answer(prompt)
-        except ValueError as error:
+            break
+        except UserError as error:
             tell(f"Sorry, {error}.")
         except KeyboardInterrupt as stop:
-            if stop.args != (signal.SIGINT,):
-                raise
             tell("")
-            tell("Stopped.")
-        stopped = False
+            if stop.args not in CTRL_C:
+                raise
+            if prompt is not None:
+                tell("Stopped.")
+                continue
+            stops = 0 if readline and readline.get_line_buffer() else stops + 1
+            if stops == 1:
+                tell("Press Ctrl-C again to leave.")
+    return 0
 
 
-def ask(question):
+def ask():
     """Returns the line that the user types; raises EOFError at the end of the input."""
     if sys.stdout.isatty():
-        return input(question)
-    # input() would mix its question into the results.
-    print(question, end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.rstrip("\n")
+        return input("> ")
+    print("> ", end="", file=sys.stderr, flush=True)  # input() would mix it into the results
+    return input()
 
 
 def answer_all(answer, prompts):
@@ -666,32 +602,26 @@ def answer_all(answer, prompts):
     for number, prompt in enumerate(prompts, start=1):
         try:
             answer(prompt)
-        except ValueError as error:
+        except UserError as error:
             tell(f"sample.py: error: prompt {number}: {error}")
             status = 2
     return status
 
 
 def read_prompts():
-    """Yields the lines of stdin without their ends."""
-    for number in itertools.count(1):
-        with model.reading("standard input", "the prompts", "a --prompt"):
-            line = sys.stdin.readline(LONGEST_LINE)
-        if not line and number > 1:
-            return
-        if not line:
-            raise UserError("standard input is empty; pass a prompt, such as --prompt ''")
-        if len(line) == LONGEST_LINE:
-            raise UserError(
-                f"prompt {number} is longer than {LONGEST_LINE:,} characters; put one on each line"
-            )
-        yield line.removesuffix("\n").removesuffix("\r")
-
-
-def tell(text):
-    """Prints a line on stderr; a closed stderr is no reason to stop."""
-    with contextlib.suppress(OSError):
-        print(model.printable(text), file=sys.stderr)
+    """Yields the lines of standard input without their ends."""
+    number = 0
+    try:
+        with model.naming("prompts", "standard input"):
+            text = open_text("-")
+            for number, line in enumerate(iter(lambda: text.readline(LONGEST_LINE), ""), start=1):
+                if len(line) == LONGEST_LINE:
+                    raise UserError(f"prompt {number} is longer than {LONGEST_LINE:,} characters")
+                yield line.rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise UserError(f"prompt {number + 1} is not UTF-16; save the prompts as UTF-8") from None
+    if not number:
+        raise UserError("standard input is empty; pass a prompt, such as --prompt ''")
 
 
 # All of it
@@ -699,124 +629,79 @@ def tell(text):
 
 def check_files(args):
     """Raises a `UserError`, before anything is read, if a file can't serve its purpose."""
+    excluded = [("--exclude", path) for path in args.exclude]
     if args.output is not None:
-        if args.output.lower().endswith(".gz"):
-            raise UserError(f"--output: results are not compressed; omit the .gz of {args.output}")
-        inputs = [("--weights_path", args.weights_path), ("--score", args.score)]
-        inputs += [("standard input", "/dev/stdin")]
-        inputs += [("--exclude", path) for path in args.exclude or ()]
-        model.check_target("--output", args.output, inputs)
+        inputs = [("--weights_path", args.weights_path), ("--score", args.score), *excluded]
+        model.check_target("--output", args.output, [*inputs, ("standard input", "/dev/stdin")])
+        suffix = pathlib.Path(args.output).suffix
+        if suffix.lower() in UNWRITTEN:
+            raise UserError(f"--output: can't write {suffix}; pass a .csv, which spreadsheets open")
     asks = args.prompt is None and args.score is None
-    if asks and any(model.is_same_file(path, "/dev/stdin") for path in args.exclude or ()):
-        raise UserError(
-            "--exclude reads standard input, which prompts come from; pass --prompt too"
-        )
+    if asks and any(path == "-" or model.is_same_file(path, "/dev/stdin") for _, path in excluded):
+        raise UserError("--exclude reads standard input, as prompts do; pass --prompt too")
 
 
 def run(args):
     """Does what the command line asks for and returns the exit status."""
     check_files(args)
-    with model.reading("--weights_path", args.weights_path, "the path of a model"):
+    encoding = None if sys.stdout.isatty() else "utf-8"
+    model.reconfigure(sys.stdout, encoding=encoding, errors="backslashreplace", newline="\n")
+    # Bytes that can't be decoded become surrogates, which no alphabet contains.
+    model.reconfigure(sys.stdin, errors="surrogateescape")
+    with model.naming("--weights_path", args.weights_path):
         trained, _ = model.load(args.weights_path)
-    unwanted = set()
-    for path in args.exclude or ():
-        unwanted.update(read_sequences(args, "--exclude", path))
+    known, notes = set(), []
+    for path in args.exclude:
+        known.update(read_sequences("--exclude", path, args.loader_class, notes))
+    tell_all(notes)
+    with contextlib.suppress(BrokenPipeError):
+        return find_and_show(args, trained, known, notes)
+    model.discard(sys.stdout)  # nobody reads the rest, which Python would flush on exit
+    return 0
+
+
+def find_and_show(args, trained, known, notes):
+    """Finds results, shows or writes them, and returns the exit status."""
+    find = make_finder(args, trained, known, notes)
     to_terminal = args.output is None and sys.stdout.isatty()
-    escape = model.printable if to_terminal else keep_to_one_line
-    notes = []
-    find = make_finder(args, trained, unwanted, notes.append)
+    number_name = ["probability"] if args.most_likely is not None else []
 
-    def tell_notes():
-        while notes:
-            tell(f"sample.py: {notes.pop(0)}")
-
-    def show_results(results):
-        lines = (to_line(result, escape) for result in results)
-        show(lines, columns=to_terminal and args.most_likely is None and args.score is None)
-        tell_notes()
+    def show_rows(rows):
+        escape = model.printable if to_terminal else keep_to_one_line
+        show((to_line(row, escape) for row in rows), columns=to_terminal and not number_name)
+        tell_all(notes)
 
     prompts = args.prompt or [""]
     total = (args.most_likely or args.num_samples) * len(prompts)
     if args.score is not None:
-        results, total = find_scores(args, trained, notes.append), None
+        sequences = read_sequences("--score", args.score, args.loader_class, notes)
+        rows = find_scores(trained, sequences, args.max_len or trained.max_len, notes)
+        total, number_name = None, ["nats_per_character"]
     elif args.prompt is not None or (args.output is not None and sys.stdin.isatty()):
-        try:
+        with model.naming("--prompt", None):
             # Unpacked, so that every prompt is checked before the first result.
-            results = itertools.chain(*map(find, prompts))
-        except ValueError as error:
-            raise UserError(f"--prompt: {error}") from None
+            rows = itertools.chain(*map(find, prompts))
     elif args.output is not None:
-        results, total = find_for_all(find, read_prompts()), None
+        rows, total = find_for_all(find, read_prompts()), None
     elif sys.stdin.isatty():
-        converse(lambda prompt: show_results(find(prompt)), args.weights_path)
-        return 0
+        return converse(lambda prompt: show_rows(find(prompt)), args.weights_path)
     else:
-        return answer_all(lambda prompt: show_results(find(prompt)), read_prompts())
+        return answer_all(lambda prompt: show_rows(find(prompt)), read_prompts())
 
-    results = with_progress(results, total, shown=sys.stderr.isatty() and not to_terminal)
-    if args.output is None:
-        show_results(results)
-        return 0
-    return write_results(args, results, escape, tell_notes)
-
-
-def write_results(args, results, escape, tell_notes):
-    """Writes the results to `--output`, tells how many they are and returns the exit status."""
-    header, lines = "", (to_line(result, escape) for result in results)
-    if args.output.lower().endswith(".csv"):
-        columns = ["sequence"]
-        if args.most_likely is not None:
-            columns.append("probability")
-        elif args.score is not None:
-            columns.append("nats_per_character")
-        header, lines = to_csv(columns) + "\n", map(to_csv, results)
-    try:
-        # Closed, so that the bar is gone before anything is told.
-        with model.writing("--output", args.output), contextlib.closing(results):
-            count, stopped = write(args.output, lines, header)
-    except KeyboardInterrupt:
-        tell("Stopped: nothing was written")
-        raise
-    tell_notes()
-    tell(f"{'Stopped: ' if stopped else ''}{args.output} holds {count:,} sequences")
-    if stopped:
-        raise stopped
+    # No bar where a pipe leads: who reads it may write to the same terminal.
+    elsewhere = args.output is not None or (sys.stdout.seekable() and not to_terminal)
+    counted = with_progress(rows, total, elsewhere and sys.stderr.isatty())
+    if args.output is not None:
+        return write(args.output, counted, number_name, notes)
+    with contextlib.closing(counted):
+        show_rows(counted)
     return 0
-
-
-def keep_to_one_line(text):
-    """Returns a str with an escape for each character that ends a line."""
-    return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def main(arguments=None):
     """Runs the command line and returns the exit status."""
-    model.open_closed_streams()
     parser, args = parse_arguments(arguments)
-    # Bytes that can't be decoded become surrogates, which no alphabet contains.
-    encoding = {} if sys.stdin.isatty() else {"encoding": "utf-8-sig"}
-    sys.stdin.reconfigure(errors="surrogateescape", newline="\n", **encoding)
-    if sys.stdout.isatty():
-        sys.stdout.reconfigure(errors="backslashreplace")
-    else:
-        sys.stdout.reconfigure(encoding="utf-8", newline="\n")
-    model.catch_signals()
-    try:
-        return run(args)
-    except UserError as error:
-        parser.error(str(error))
-    except MemoryError:
-        parser.error("there is not enough memory; lower --num_samples, --max_len or --most_likely")
-    except BrokenPipeError:
-        # Nobody reads the rest, which Python would try to flush on exit.
-        model.discard(sys.stdout)
-    except OSError as error:
-        model.discard(sys.stdout)
-        parser.error(f"can't write the results: {error.strerror}")
-    except KeyboardInterrupt as stopped:
-        model.catch_signals(signal.SIG_IGN)  # it is stopping already
-        return 128 + stopped.args[0]
-    return 0
+    return model.run_script(parser, run, args, "--num_samples, --max_len or --most_likely")
 
 
 if __name__ == "__main__":

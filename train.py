@@ -1,6 +1,6 @@
 """Learns to write sequences like those in a file and saves what it learned as an `.h5`.
 
-The flags → the data → an earlier run, if there is one → the batches → the network →
+The flags → the data → the batches → the network → an earlier run, if there is one →
 several devices → training by Keras's `fit` and its callbacks. `run`, near the end, is the
 whole of it.
 """
@@ -16,20 +16,23 @@ import json
 import math
 import os
 import pathlib
+import re
 import reprlib
 import shlex
+import shutil
 import signal
 import statistics
 import sys
 import time
 import typing
-import warnings
 
-import numpy as np
+from loaders import LOADERS, UserError, compose, find_loader, needing_packages
 
-import model
-from loaders import LOADERS, compose, find_loader
-from model import CommandLine, SequenceModel, UserError, within
+with needing_packages("train.py"):
+    import numpy as np
+
+    import model
+    from model import CommandLine, SequenceModel, within
 
 DESCRIPTION = "Learns to write sequences like those in a file and saves what it learned."
 EXAMPLES = """examples:
@@ -51,6 +54,10 @@ SHOWN = 8  # sequences that are invented after each epoch
 LINE_WIDTH = 100  # characters that are shown of each
 LARGEST_NETWORK = 2**30  # weights; Adam and the best epoch take four times as many numbers
 SEQUENCES_PER_ROW = 4  # with fewer, rows are less equally long; with more, products are too small
+VALIDATION_BATCH = 256  # sequences
+# What a stack of batches holds at most. More operations would keep progress and Ctrl-C
+# waiting, more batches would not make it faster, more cells would only take memory.
+LARGEST_STACK = {"operations": 2 * 10**11, "batches": 64, "cells": 2**16}
 OPERATIONS_PER_DEVICE = 3 * 10**7  # of a batch: with fewer, dividing it gains nothing
 BACKENDS = ("tensorflow", "jax")
 
@@ -58,155 +65,64 @@ BACKENDS = ("tensorflow", "jax")
 # The flags
 
 
-def parse_arguments(arguments=None):
-    """Returns the parser and the parsed arguments (those of the process if None)."""
-    parser = CommandLine(suggest_flag, prog="train.py", description=DESCRIPTION, epilog=EXAMPLES)
+def make_parser():
+    """Returns the `CommandLine` of this script."""
+    options = {"prog": "train.py", "description": DESCRIPTION, "epilog": EXAMPLES}
+    parser = CommandLine("--save_path", "--sequence_path", **options)
+
+    def add(group, flag, metavar, kind, text, default=None):
+        text += "" if default is None else " (default: %(default)s)"
+        kind = within(*kind) if isinstance(kind, tuple) else kind
+        group.add_argument(flag, metavar=metavar, type=kind, default=default, help=text)
+
+    path, share = os.path.expanduser, (float, 0, 0.9)
+    sizes = {name: (int, 1, most) for name, most in model.LIMITS.items()}
+    epochs = int, 1, 50_000  # more losses would make the metadata too long
 
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--loader_class",
-        metavar="CLASS",
-        choices=LOADERS,
-        help="SequenceLoader: one sequence per line; VocabularyLoader: English words, the most "
-        "used first; UserNameLoader: a CSV's first column (default: by the file's name)",
-    )
-    data.add_argument(
-        "--sequence_path",
-        metavar="FILE",
-        default="sequences.txt",
-        help="what to learn",
-    )
-    data.add_argument("--sequences_path", dest="sequence_path", help=argparse.SUPPRESS)
-    data.add_argument(
-        "--num_sequences",
-        metavar="N",
-        type=within(int, 1, 10**12),
-        help="read only the first N (default: all)",
-    )
-    data.add_argument(
-        "--max_len",
-        metavar="N",
-        type=within(int, 1, model.LIMITS["max_len"]),
-        help=f"cut to N characters (default: longest, up to {model.DEFAULT_MAX_LEN})",
-    )
-    data.add_argument(
-        "--sentinel",
-        metavar="CHAR",
-        type=one_character,
-        help=r"marks the end; in no sequence (default: \n)",
-    )
-    data.add_argument(
-        "--validation_split",
-        metavar="SHARE",
-        type=within(float, 0, 0.9),
-        default=0.1,
-        help="held out to choose the best epoch",
-    )
+    loaders = "; ".join(f"{name}: {loader.summary}" for name, loader in LOADERS.items())
+    loaders += " (default: by the file's name)"
+    data.add_argument("--loader_class", metavar="CLASS", choices=LOADERS, help=loaders)
+    learned = "what to learn; - is standard input"
+    add(data, "--sequence_path", "FILE", path, learned, "sequences.txt")
+    data.add_argument("--sequences_path", dest="sequence_path", type=path, help=argparse.SUPPRESS)
+    first = "read only the first N (default: all)"
+    add(data, "--num_sequences", "N", (int, 1, 10**12), first)
+    cut = f"cut to N characters (default: longest, up to {model.DEFAULT_MAX_LEN})"
+    add(data, "--max_len", "N", sizes["max_len"], cut)
+    mark = r"marks the end; in no sequence (default: \n)"
+    add(data, "--sentinel", "CHAR", one_character, mark)
+    add(data, "--validation_split", "SHARE", share, "held out to choose the best epoch", 0.1)
 
     network = parser.add_argument_group("network")
-    network.add_argument(
-        "--units",
-        metavar="N",
-        type=within(int, 1, model.LIMITS["units"]),
-        help=f"width of each LSTM layer (default: {UNITS})",
-    )
-    network.add_argument(
-        "--layers",
-        metavar="N",
-        type=within(int, 1, model.LIMITS["layers"]),
-        help=f"LSTM layers (default: {LAYERS})",
-    )
-    network.add_argument(
-        "--dropout",
-        metavar="SHARE",
-        type=within(float, 0, 0.9),
-        default=0.3,
-        help="share of outputs to drop",
-    )
-    network.add_argument(
-        "--recurrent_dropout",
-        metavar="SHARE",
-        type=within(float, 0, 0.9),
-        default=0.0,
-        help="share of recurrent inputs to drop",
-    )
+    width = f"width of each LSTM layer (default: {UNITS})"
+    add(network, "--units", "N", sizes["units"], width)
+    add(network, "--layers", "N", sizes["layers"], f"LSTM layers (default: {LAYERS})")
+    add(network, "--dropout", "SHARE", share, "share of outputs to drop", 0.3)
+    add(network, "--recurrent_dropout", "SHARE", share, "share of recurrent inputs to drop", 0.0)
 
     training = parser.add_argument_group("training")
-    training.add_argument(
-        "--batch_size",
-        metavar="N",
-        type=within(int, 1, 2**20),
-        default=32,
-        help="sequences per update of the weights",
-    )
-    epochs = within(int, 1, 50_000)  # more losses would make the metadata too long
-    training.add_argument(
-        "--epochs", metavar="N", type=epochs, default=15, help="passes over the data, in total"
-    )
-    training.add_argument(
-        "--learning_rate",
-        metavar="RATE",
-        type=within(float, 1e-9, 10),
-        default=0.01,
-        help="Adam's; decays to 0",
-    )
-    training.add_argument(
-        "--patience",
-        metavar="N",
-        type=epochs,
-        help="stop N epochs after the best one (default: never)",
-    )
-    training.add_argument(
-        "--seed",
-        metavar="N",
-        type=within(int, 0, 2**32 - 1),
-        default=0,
-        help="a different seed gives a different model",
-    )
-    training.add_argument(
-        "--distribute",
-        action="store_true",
-        help="use all GPUs or hosts; needs KERAS_BACKEND=jax",
-    )
+    size = "sequences per update of the weights"
+    add(training, "--batch_size", "N", (int, 1, 2**20), size, 32)
+    add(training, "--epochs", "N", epochs, "passes over the data, in total", 15)
+    add(training, "--learning_rate", "RATE", (float, 1e-9, 10), "Adam's; decays to 0", 0.01)
+    patience = "stop N epochs after the best one (default: never)"
+    add(training, "--patience", "N", epochs, patience)
+    add(training, "--seed", "N", (int, 0, 2**32 - 1), "another seed gives another model", 0)
+    several = "use all GPUs or hosts; needs KERAS_BACKEND=jax"
+    training.add_argument("--distribute", action="store_true", help=several)
 
     files = parser.add_argument_group("files")
-    files.add_argument(
-        "--save_path", metavar="FILE", default="incognito_model.h5", help="the model"
-    )
-    files.add_argument("--init_from", metavar="FILE", help="a model to start from (default: none)")
-    files.add_argument(
-        "--log_dir",
-        metavar="DIR",
-        help="for losses.csv and TensorBoard (default: none)",
-    )
+    add(files, "--save_path", "FILE", path, "the model", "incognito_model.h5")
+    add(files, "--init_from", "FILE", path, "a model to start from (default: none)")
+    add(files, "--log_dir", "DIR", path, "for losses.csv and TensorBoard (default: none)")
     files.add_argument("--overwrite", action="store_true", help="start over if --save_path exists")
-    args = parser.parse_args(arguments)
-    if args.patience and not args.validation_split:
-        parser.error(
-            "--patience waits for a better validation loss, so it needs a "
-            "--validation_split above 0"
-        )
-    return parser, args
-
-
-def suggest_flag(word):
-    """Returns what to write for a word, a str, that no flag stands before."""
-    if word.endswith(".h5"):
-        return (
-            f"--init_from {word} to start from a model, or --save_path {word} to name the new one"
-        )
-    return f"--sequence_path {word}"
+    return parser
 
 
 def one_character(text):
-    """The `argparse` type of `--sentinel`, which takes the escapes of Python."""
-    character = text
-    if text.startswith("\\") and text.isascii():
-        missing = UnicodeDecodeError, DeprecationWarning  # of an escape that doesn't exist
-        with contextlib.suppress(*missing), warnings.catch_warnings():
-            warnings.simplefilter("error")
-            character = text.encode().decode("unicode_escape")
-    character = compose(character)
+    """The `argparse` type of `--sentinel`, which takes four escapes, too."""
+    character = compose({r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\0": "\0"}.get(text, text))
     if len(character) != 1 or "\ud800" <= character <= "\udfff":
         points = ", ".join(f"U+{ord(point):04X}" for point in character[:8]) or "none"
         raise argparse.ArgumentTypeError(
@@ -217,6 +133,11 @@ def one_character(text):
 
 def check_flags(args):
     """Raises a `UserError`, before anything is read or imported, if the flags can't work."""
+    if args.patience and not args.validation_split:
+        raise UserError(
+            "--patience waits for a better validation loss, so it needs a "
+            "--validation_split above 0"
+        )
     if args.distribute and os.environ.get("KERAS_BACKEND") != "jax":
         raise UserError(
             "--distribute: needs Keras on JAX: pip install jax, and set KERAS_BACKEND=jax"
@@ -225,6 +146,8 @@ def check_flags(args):
         check_backend(os.environ["KERAS_BACKEND"])
     inputs = ("--sequence_path", args.sequence_path), ("--init_from", args.init_from)
     model.check_target("--save_path", args.save_path, inputs)
+    if not args.save_path.lower().endswith((".h5", ".hdf5")):
+        raise UserError(f"--save_path: Keras opens only .h5; pass {args.save_path}.h5")
 
 
 # The data
@@ -250,7 +173,7 @@ def read_source(args):
     """Returns the `SequenceModel` at `--init_from`, and fills in the flags that depend on it."""
     source, defaults = None, {"units": UNITS, "layers": LAYERS, "sentinel": SENTINEL}
     if args.init_from is not None:
-        with model.reading("--init_from", args.init_from, "the path of a model"):
+        with model.naming("--init_from", args.init_from):
             source, metadata = model.load(args.init_from)
         defaults = {**metadata, "sentinel": source.alphabet.sentinel}
         for name in ("units", "layers"):
@@ -273,53 +196,34 @@ def read_data(args, source):
     Their alphabet has the characters of the `SequenceModel` `source` too, if
     that is not None.
     """
-    loader_class = find_loader(args.sequence_path, args.loader_class)
-    loader = loader_class(args.sequence_path, max_sequences=args.num_sequences)
+    path, sentinel = args.sequence_path, args.sentinel
+    loader = find_loader(path, args.loader_class)(path, max_sequences=args.num_sequences)
     characters = source.alphabet.symbols[1:] if source else ""
     sequences, clashes = [], []
-    with model.reading("--sequence_path", args.sequence_path, "a file with your sequences"):
+    with model.naming("--sequence_path", path):
         for sequence in loader:
             sequences.append(sequence)
-            if args.sentinel in sequence:
+            if sentinel in sequence:
                 clashes.append(loader.line)
         if clashes:
-            raise ValueError(explain_clash(args, clashes, set(characters).union(*sequences)))
-        corpus = model.build_corpus(sequences, args.sentinel, args.max_len, characters)
+            used = set(characters).union(*sequences)
+            candidates = itertools.chain(" |~^_", map(chr, range(33, 0x110000)))
+            free = next(s for s in candidates if s not in used and model.printable(s) == s)
+            raise UserError(
+                f"{path}, line {clashes[0]}: the sequence contains the sentinel {sentinel!r} "
+                f"({len(clashes):,} sequences do); pass a character that none contains, such as "
+                f"--sentinel {shlex.quote(free)}"
+            )
+        corpus = model.build_corpus(sequences, sentinel, args.max_len, characters)
     return Data(corpus, *split(corpus, args.validation_split), loader)
 
 
-def explain_clash(args, lines, used):
-    """Returns the message for sequences that contain the sentinel, a str.
-
-    `lines` is a list of their lines in the file, `used` the set of all
-    characters there.
-    """
-    free = next(
-        symbol
-        for symbol in itertools.chain(" |~^_", map(chr, range(33, 0x110000)))
-        if symbol not in used and model.printable(symbol) == symbol
-    )
-    return (
-        f"{args.sequence_path}, line {lines[0]}: the sequence contains the sentinel "
-        f"{args.sentinel!r} ({len(lines):,} sequences do); pass a character that none contains, "
-        f"such as --sentinel {shlex.quote(free)}"
-    )
-
-
 def split(corpus, fraction):
-    """Chooses the sequences that are held out to validate.
+    """Returns the indices of the sequences to learn and of those held out, two int32 arrays.
 
-    Equal sequences all go to the same side. The choice is random but always
-    the same, so that runs with different seeds compare.
-
-    Args:
-        corpus: `model.Corpus`.
-        fraction: float, the share of the distinct sequences to hold out.
-
-    Returns:
-        Tuple `(training, held_out)` of two int32 arrays, the indices of their
-        sequences. The second is empty if that share rounds to none; the
-        first never is.
+    A fraction of the distinct ones is held out; equal ones go to the same side, and
+    the first array is never empty. The choice is random but always the same, so
+    that runs with different seeds compare.
     """
     distinct, kinds = np.unique(as_bytes(corpus.rows), return_inverse=True)
     count = min(round(fraction * len(distinct)), len(distinct) - 1)
@@ -341,24 +245,6 @@ def count_characters(corpus, indices):
     )
     counts[0] = np.count_nonzero(corpus.complete[indices])  # the padding is no target
     return counts
-
-
-def describe(args, data, source):
-    """Returns the metadata of a run that has not begun: a dict for `model.save`."""
-    corpus = data.corpus
-    fingerprint = hash_bytes(corpus.alphabet.symbols.encode(), corpus.rows, corpus.complete)
-    return {
-        "alphabet": corpus.alphabet.symbols,
-        "max_len": corpus.max_len,
-        "units": args.units,
-        "layers": args.layers,
-        "loader_class": type(data.loader).__name__,
-        "data": {"sequences": len(corpus), "sha256": fingerprint},
-        "settings": {name: getattr(args, name) for name in SETTINGS},
-        "init_from": source and hash_bytes(*source.weights),
-        "epochs": args.epochs,
-        "history": {"loss": [], "val_loss": []},
-    }
 
 
 def check_data(args, data):
@@ -385,208 +271,134 @@ def hash_bytes(*parts):
     return digest.hexdigest()
 
 
-# An earlier run
-
-
-def read_earlier_run(args, metadata, validated):
-    """Reads the run at `--save_path` and checks that it is this one.
-
-    Args:
-        args: the command line.
-        metadata: this run's, from `describe`.
-        validated: bool, whether there is anything to validate with.
-
-    Returns:
-        Tuple `(history, weights, state)`: the losses so far, the best weights
-        and the training state.
-
-    Raises:
-        UserError: if training must not replace what is there.
-    """
-    path = args.save_path
-    ways_out = "--overwrite to start over, or another --save_path"
-    with model.reading("--save_path", path, ways_out):
-        try:
-            best, found = model.load(path)
-            state = model.load_training_state(path)
-        except ValueError as error:
-            raise ValueError(f"{error}; pass {ways_out}") from None
-    difference = find_difference(found, metadata)
-    if difference:
-        if difference.startswith("other data"):
-            ways_out += f", with --init_from {path} to learn from what it knows"
-        raise UserError(f"--save_path: {path} was trained with {difference}; pass {ways_out}")
-    history = found.get("history")
-    if not (state and is_history(history, validated)):
-        raise UserError(
-            f"--save_path: {path} holds a model without the state needed to continue; "
-            f"pass {ways_out}"
-        )
-    if found["format"] < model.FORMAT and not is_finished(args, history):
-        raise UserError(
-            f"--save_path: {path} was begun by an earlier version of train.py, which took its "
-            f"batches in another order; pass {ways_out}"
-        )
-    return history, best.weights, state
-
-
-def find_difference(found, metadata):
-    """Returns what another run was trained with that differs, a str, or None for the same run.
-
-    What counts is what the flags mean, not how they were typed. Both are
-    metadata, the other run's as `model.load` returns it.
-    """
-    if found["alphabet"][0] != metadata["alphabet"][0]:
-        return f"--sentinel {found['alphabet'][0]!r}, not {metadata['alphabet'][0]!r}"
-    if found.get("init_from") != metadata["init_from"]:
-        return "another --init_from"
-    # Before the settings, since a short list bounds the batch size.
-    if found.get("data") != metadata["data"]:
-        return "other data (--sequence_path, --num_sequences, --max_len)"
-    settings = found.get("settings")
-    settings = settings if isinstance(settings, dict) else {}
-    sizes = ("units", "layers", "max_len")
-    then = {**settings, **{name: found[name] for name in sizes}}
-    now = {**metadata["settings"], **{name: metadata[name] for name in sizes}}
-    for name, value in now.items():
-        if then.get(name) != value:
-            return f"--{name} {reprlib.repr(then.get(name))}, not {value!r}"
-    return None
-
-
-def is_history(value, validated):
-    """Returns whether a value from a file's metadata is a history of (validated) losses."""
-    return (
-        isinstance(value, dict)
-        and list(value) == ["loss", "val_loss"]
-        and all(isinstance(losses, list) for losses in value.values())
-        and all(type(loss) is float for losses in value.values() for loss in losses)
-        and len(value["val_loss"]) == (len(value["loss"]) if validated else 0)
-    )
-
-
-def epochs_since_best(history):
-    """Returns how many epochs ago the best validation loss was, 0 if there is none."""
-    losses = history["val_loss"]
-    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
-
-
-def is_finished(args, history):
-    """Returns whether a run with these losses so far has nothing left to do."""
-    patient = not args.patience or epochs_since_best(history) < args.patience
-    return len(history["loss"]) >= args.epochs or not patient
-
-
 # The batches
 
 
-class Plan(typing.NamedTuple):
-    """How sequences are grouped into batches, and these into stacks, which `fit` takes one by one.
-
-    Attributes:
-        batch_size: int, sequences of a batch at most.
-        rows: int, how many rows a batch is packed into.
-        depth: int, batches of a stack: enough that what a call costs in
-            Python is lost in the work, and few enough that progress and
-            Ctrl-C are not kept waiting.
-    """
-
-    batch_size: int
-    rows: int
-    depth: int
-
-
-def count_operations(args, corpus):
+def count_operations(corpus, units, layers):
     """Returns how many operations learning from a sequence takes on average, an int."""
-    parameters = 4 * args.units * (len(corpus.alphabet) + (2 * args.layers - 1) * args.units)
+    parameters = 4 * units * (len(corpus.alphabet) + (2 * layers - 1) * units)
     # A multiplication and an addition each; twice that in the backward pass.
     return 6 * parameters * math.ceil(corpus.lengths.mean())
 
 
-def plan_stacks(args, corpus, count, batch_size, packed):
-    """Returns a `Plan` for `count` sequences; `packed` tells whether rows may hold several."""
-    batch_size = min(batch_size, count)
-    operations = count_operations(args, corpus) * batch_size
-    depth = max(1, min(64, math.ceil(count / batch_size), 2 * 10**11 // operations))
-    rows = math.ceil(batch_size / SEQUENCES_PER_ROW) if packed else batch_size
-    return Plan(batch_size, rows, depth)
-
-
-def make_stacks(corpus, chosen, plan, seed=None, devices=1):
-    """Groups sequences into batches, packs each batch into rows, and stacks the batches.
+class Batches:
+    """Sequences in batches, and these in stacks, which `fit` takes one by one.
 
     Args:
         corpus: `model.Corpus`.
         chosen: int array, the indices of the sequences to take.
-        plan: `Plan`.
-        seed: what `numpy.random.default_rng` takes, to shuffle the sequences;
-            None groups them the same way each time.
+        batch_size: int, sequences of a batch at most.
+        depth: int, batches of a stack at most.
+        packed: bool, whether a row holds several sequences, one after the other.
         devices: int, the number of rows is rounded up to a multiple of this.
 
-    Yields:
-        Tuple `(ids, positions)` of arrays `(rows, depth, steps)`, of the type of
-        `corpus.rows` and int32: along the second axis, one batch after another
-        as `model.total_loss` takes them. A stack that is not full ends in zeros.
+    Attributes:
+        stacks: int, how many an epoch has.
+        depth: int, how many batches each of them has.
+        rows: int, how many each batch has.
 
-    Example, six sequences in batches of three, each in two rows:
+    Example, six sequences in batches of three, each in one row:
 
     >>> corpus = model.build_corpus(["a", "bb", "ccc", "d", "ee", "fff"])
-    >>> [(ids, positions)] = make_stacks(corpus, np.arange(6), Plan(3, 2, depth=2))
-    >>> ids[:, 0]  # the first batch: "ccc", and below it "bb" and "a"
-    array([[3, 3, 3, 0, 0, 0, 0, 0],
-           [2, 2, 0, 1, 0, 0, 0, 0]], dtype=uint8)
-    >>> positions[:, 0]
-    array([[1, 2, 3, 4, 0, 0, 0, 0],
-           [1, 2, 3, 1, 2, 0, 0, 0]], dtype=int32)
+    >>> batches = Batches(corpus, np.arange(6), batch_size=3, depth=2)
+    >>> [(inputs, targets, weights)] = batches.epoch()
+    >>> inputs[:, 0]  # the first batch: "ccc", "bb" and "a", each after the sentinel
+    array([[0, 3, 3, 3, 0, 2, 2, 0, 1, 0]], dtype=int32)
+    >>> targets[:, 0]
+    array([[3, 3, 3, 0, 2, 2, 0, 1, 0, 0]], dtype=int32)
     """
-    batch_size, rows, depth = plan
-    batches = deal(corpus.lengths, chosen, batch_size, seed)
-    for start in range(0, len(batches), depth):
-        stack = [pack(corpus.lengths, batch, rows) for batch in batches[start : start + depth]]
-        steps = max(end for places in stack for *_, end in places)
-        # Rounded up, because each new shape is compiled anew.
-        shape = math.ceil(rows / devices) * devices, depth, math.ceil(steps / 4) * 4
-        ids, positions = np.zeros(shape, corpus.rows.dtype), np.zeros(shape, np.int32)
-        for batch, places in enumerate(stack):
-            for sequence, row, begin, end in places:
-                text = corpus.rows[sequence, : end - begin]  # the end mark, 0, may lie beyond
-                ids[row, batch, begin : begin + len(text)] = text
-                positions[row, batch, begin:end] = np.arange(1, end - begin + 1)
-        yield ids, positions
+
+    def __init__(self, corpus, chosen, batch_size, depth=1, packed=True, devices=1):
+        self.corpus, self.chosen = corpus, chosen
+        count = math.ceil(len(chosen) / batch_size)
+        # Sequences are dealt to as many batches as fill whole stacks, so that one shape is
+        # all there is to compile. Some then have a sequence less than others.
+        self.stacks = math.ceil(count / depth)
+        self.depth = math.ceil(count / self.stacks)
+        batch_size = math.ceil(len(chosen) / (self.stacks * self.depth))
+        self.filled = count_rows(batch_size) if packed else batch_size
+        self.rows = math.ceil(self.filled / devices) * devices
+        self.steps = 0
+
+    def epoch(self, seed=None):
+        """Yields the stacks of an epoch.
+
+        Args:
+            seed: what `numpy.random.default_rng` takes, to shuffle the sequences;
+                None groups them the same way each time.
+
+        Yields:
+            Tuple `(inputs, targets, weights)` of arrays `(rows, depth, steps)`, two
+            of int32 and one of float32: along the second axis, batch after batch.
+            Inputs are 0, the sentinel, where a sequence begins. Weights are 0 where
+            there is no target, and else such that the sum over a batch, averaged
+            over all batches, is the mean over all targets.
+        """
+        order = self.deal(seed)
+        rows, begins = self.pack(np.where(order < 0, 0, self.corpus.lengths[order]))
+        for start in range(0, order.shape[1], self.depth):
+            stack = slice(start, start + self.depth)
+            yield self.fill(order[:, stack], rows[:, stack], begins[:, stack])
+
+    def deal(self, seed):
+        """Deals the sequences out so that each batch gets long and short ones alike.
+
+        It gets one of the shortest, one of the next shortest, and so on, which one
+        is random unless the seed is None. Returns an int array `(batch_size,
+        batches)` of indices, the longest last; where a batch has a sequence less,
+        it begins with -1.
+        """
+        rng = np.random.default_rng(seed)
+        order = self.chosen if seed is None else rng.permutation(self.chosen)
+        order = order[np.argsort(self.corpus.lengths[order], kind="stable")]
+        batches = self.stacks * self.depth
+        order = np.pad(order, (-len(order) % batches, 0), constant_values=-1).reshape(-1, batches)
+        return order if seed is None else rng.permuted(order, axis=1)
+
+    def pack(self, lengths):
+        """Puts each sequence of a batch, the longest first, into the row that is shortest so far.
+
+        So the rows get about equally long, and little of a batch is padding.
+        Takes the lengths by sequence and batch, and returns two int arrays of that
+        shape, the row of each sequence and the step at which it begins there.
+        """
+        batches = np.arange(lengths.shape[1])
+        ends = np.zeros((len(batches), self.filled), np.int32)
+        rows, begins = np.empty((2, *lengths.shape), np.int32)
+        for place in reversed(range(len(lengths))):
+            rows[place] = ends.argmin(axis=1)
+            begins[place] = ends[batches, rows[place]]
+            ends[batches, rows[place]] += lengths[place]
+        # Rounded up, and never less than before, because each new shape is compiled anew.
+        self.steps = max(self.steps, math.ceil(ends.max() / 2) * 2)
+        return rows, begins
+
+    def fill(self, order, rows, begins):
+        """Returns the arrays of a stack, given what `deal` and `pack` say of its batches."""
+        place, batch = np.nonzero(order >= 0)
+        lengths = self.corpus.lengths[order[place, batch]]
+        step = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+        place, batch = place.repeat(lengths), batch.repeat(lengths)
+        cell = rows[place, batch], batch, begins[place, batch] + step
+        texts, sequence = self.corpus.rows, order[place, batch]
+        targets = np.zeros((self.rows, self.depth, self.steps), np.int32)
+        inputs, weights = np.zeros_like(targets), np.zeros(targets.shape, np.float32)
+        targets[cell] = texts[sequence, step]
+        inputs[cell] = np.where(step > 0, texts[sequence, step - 1], 0)
+        weights[cell] = self.stacks * self.depth / self.corpus.lengths[self.chosen].sum()
+        return inputs, targets, weights
 
 
-def deal(lengths, chosen, batch_size, seed):
-    """Deals sequences out to batches so that each gets long and short ones alike.
-
-    Each batch gets one of the shortest sequences, one of the next shortest, and
-    so on, which one is random unless the seed is None. So all have nearly the
-    same number of characters and need the same number of steps. None has more
-    than `batch_size` sequences, or two fewer than another. Returns a list of
-    lists of indices, the shortest sequence of each batch first.
-    """
-    rng = np.random.default_rng(seed)
-    order = chosen if seed is None else rng.permutation(chosen)
-    order = order[np.argsort(lengths[order], kind="stable")]
-    count = math.ceil(len(order) / batch_size)
-    missing = np.full(count * batch_size - len(order), -1)
-    order = np.concatenate([missing, order]).reshape(batch_size, count)
-    order = order if seed is None else rng.permuted(order, axis=1)
-    return [batch[batch >= 0].tolist() for batch in order.T]
+def count_rows(batch_size):
+    """Returns how many rows the sequences of a batch are packed into, an int."""
+    return math.ceil(batch_size / SEQUENCES_PER_ROW)
 
 
-def pack(lengths, batch, rows):
-    """Puts each sequence of a batch, the longest first, into the row that is shortest so far.
-
-    So the rows get about equally long, and little of a batch is padding.
-    Returns a list of tuples `(sequence, row, begin, end)`.
-    """
-    ends, places = [0] * rows, []
-    for sequence in reversed(batch):
-        begin = min(ends)
-        row = ends.index(begin)
-        ends[row] = begin + int(lengths[sequence])
-        places.append((sequence, row, begin, ends[row]))
-    return places
+def choose_depth(corpus, batch_size, operations):
+    """Returns how many batches a stack may have, an int, if one takes so many operations."""
+    cells = batch_size * math.ceil(corpus.lengths.mean())
+    sizes = {"operations": operations, "batches": 1, "cells": cells}
+    return max(1, min(LARGEST_STACK[name] // size for name, size in sizes.items()))
 
 
 # The network
@@ -651,8 +463,9 @@ def import_keras():
             f"Keras can't start: {reason}; reinstall with pip install -r requirements.txt, or "
             "check which backend ~/.keras/keras.json and KERAS_BACKEND name"
         ) from None
+    finally:
+        gc.enable()
     gc.freeze()
-    gc.enable()
     check_backend(keras.backend.backend())
     keras.config.set_floatx("float32")  # whatever keras.json says
 
@@ -663,161 +476,102 @@ def import_tensorflow():
         import tensorflow  # noqa: F401
 
 
-def make_tensorflow_network(layers, scale, packed):
-    """Makes a network that learns from a stack of batches in each step of `fit`.
+def learns_by_hand(recurrent_dropout, distributed):
+    """Returns whether to train through `model.run_lstm`, compiled by XLA.
 
-    Args:
-        layers: list of Keras layers, as `model.build_layers` returns it.
-        scale: float, what an optimizer step multiplies the sum of losses by.
-        packed: bool, whether rows hold several sequences each in training,
-            which XLA then compiles; in validation they hold one each.
-
-    Returns:
-        A `keras.Sequential` for `fit` on what `make_stacks` yields. Its loss
-        is in nats per character or end mark.
-    """
-    import keras
-    import tensorflow as tf
-
-    mean_loss = keras.metrics.Mean("loss")
-
-    class Network(keras.Sequential):
-        metrics = property(lambda self: [mean_loss])
-
-        @tf.function(jit_compile=packed, reduce_retracing=True, autograph=False)
-        def train_step(self, stack):
-            return self.sum_losses(stack, self.learn_batch)
-
-        def test_step(self, stack):
-            return self.sum_losses(stack, self.batch_loss)
-
-        def learn_batch(self, batch):
-            with tf.GradientTape() as tape:
-                loss = self.batch_loss(batch, training=True)
-                scaled = loss * scale
-            gradients = tape.gradient(scaled, self.trainable_variables)
-            self.optimizer.apply(gradients, self.trainable_variables)
-            return loss
-
-        def batch_loss(self, batch, training=False):
-            return model.total_loss(self, *batch, packed and training, training)
-
-        def sum_losses(self, stack, of_batch):
-            def add_next(index, total):
-                return index + 1, total + of_batch([array[:, index] for array in stack])
-
-            batches, targets = count_targets(stack)
-            total = tf.while_loop(lambda index, _: index < batches, add_next, (0, 0.0))[1]
-            mean_loss.update_state(total / targets, targets)
-            return {"loss": mean_loss.result()}
-
-    return Network(layers)
-
-
-def make_jax_network(layers, scale, packed):
-    """Makes the same as `make_tensorflow_network` on JAX, validated with packed rows too."""
-    import jax
-    import keras
-
-    mean_loss = keras.metrics.Mean("loss")
-
-    class Network(keras.Sequential):
-        metrics = property(lambda self: [mean_loss])
-
-        def train_step(self, state, stack):
-            gradient = jax.grad(self.batch_loss, has_aux=True)
-
-            def learn_next(index, carry):
-                trainable, others, slots, total = carry
-                gradients, (loss, others) = gradient(trainable, others, stack, index, True)
-                trainable, slots = self.optimizer.stateless_apply(slots, gradients, trainable)
-                return trainable, others, slots, total + loss
-
-            *state, metrics = state
-            batches, targets = count_targets(stack)
-            *state, total = jax.lax.fori_loop(0, batches, learn_next, (*state, 0.0))
-            logs, metrics = self.report(metrics, total, targets)
-            return logs, (*state, metrics)
-
-        def test_step(self, state, stack):
-            trainable, others, metrics = state
-
-            def add_next(index, total):
-                return total + self.batch_loss(trainable, others, stack, index, False)[1][0]
-
-            batches, targets = count_targets(stack)
-            total = jax.lax.fori_loop(0, batches, add_next, 0.0)
-            logs, metrics = self.report(metrics, total, targets)
-            return logs, (trainable, others, metrics)
-
-        def batch_loss(self, trainable, others, stack, index, training):
-            variables = self.trainable_variables + self.non_trainable_variables
-            with keras.StatelessScope(zip(variables, [*trainable, *others])) as scope:
-                batch = [array[:, index] for array in stack]
-                loss = model.total_loss(self, *batch, packed, training)
-                others = [scope.get_current_value(each) for each in self.non_trainable_variables]
-            return loss * scale, (loss, others)
-
-        def report(self, metrics, total, targets):
-            metrics = mean_loss.stateless_update_state(metrics, total / targets, targets)
-            return {"loss": mean_loss.stateless_result(metrics)}, metrics
-
-    return Network(layers)
-
-
-def count_targets(stack):
-    """Returns how many batches of a stack are not empty, an int tensor, and its targets, float32.
-
-    The empty ones come last.
-    """
-    from keras import ops
-
-    targets = ops.sum(ops.cast(stack[1] > 0, "int32"), axis=(0, 2))
-    return ops.sum(ops.cast(targets > 0, "int32")), ops.cast(ops.sum(targets), "float32")
-
-
-def learns_by_hand(args):
-    """Returns whether training goes through `model.run_lstm`, which on TensorFlow needs XLA.
-
-    That is faster on a CPU, except on TensorFlow with large batches, for which
-    its own products use all cores. On a GPU an LSTM is one call of cuDNN, which
-    doesn't support recurrent dropout and can't be divided among devices.
+    On a GPU an LSTM is one call of cuDNN, which is faster, but can neither drop
+    recurrent inputs nor be divided among devices.
     """
     import keras
 
     on_cpu = "cpu" in keras.distribution.list_devices()[0]
-    faster = on_cpu and (keras.backend.backend() == "jax" or args.batch_size <= 128)
-    return faster or args.recurrent_dropout > 0 or args.distribute
+    return on_cpu or recurrent_dropout > 0 or distributed
 
 
-def prepare_network(args, data, source):
-    """Builds and compiles the network, with the weights that `initial_weights` gives."""
+def make_network(layers, packed):
+    """Makes a `keras.Model` of layers that `fit` trains with a stack of batches in each step.
+
+    Each batch goes through Keras's own `train_step`. The model reads int tensors `(rows,
+    steps)`, which it passes to the layers one-hot, and its loss is in nats per character
+    or end mark. `packed` tells whether rows hold several sequences in training; in
+    validation, which takes single batches, a row is one sequence.
+    """
+    import keras
+    from keras import losses, ops
+
+    class Network(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.network = keras.Sequential(layers)
+            self.built = True
+
+        def call(self, ids, training=False):
+            one_hot = ops.one_hot(ids, self.network.input_shape[-1])
+            mask = ops.not_equal(ids, 0) if packed and training else None
+            # Not `self.network(…)`, which would warn that it passes no mask on to what follows.
+            return self.network.call(one_hot, training=training, mask=mask)
+
+        # Not `compile(loss=…)`: Keras on JAX would build it with a stack as if it were a batch.
+        def compute_loss(self, x, y, y_pred, sample_weight, training=True):
+            return ops.sum(losses.sparse_categorical_crossentropy(y, y_pred) * sample_weight)
+
+    stack_steps = stack_steps_of_jax if keras.backend.backend() == "jax" else stack_steps_of_tf
+    return stack_steps(Network, packed)()
+
+
+def stack_steps_of_jax(network_class, packed):
+    """Makes a subclass of a `keras.Model` whose `train_step` takes a stack of batches."""
+    import jax
+
+    class Stacked(network_class):
+        def train_step(self, state, stack):
+            one_step = super().train_step
+            batches = jax.tree.map(lambda array: array.swapaxes(0, 1), stack)
+            state, logs = jax.lax.scan(lambda *each: one_step(*each)[::-1], state, batches)
+            return jax.tree.map(lambda values: values[-1], logs), state
+
+    return Stacked
+
+
+def stack_steps_of_tf(network_class, packed):
+    """Makes the same as `stack_steps_of_jax` on TensorFlow, compiled by XLA if rows are packed."""
+    import tensorflow as tf
+
+    class Stacked(network_class):
+        @tf.function(jit_compile=packed, reduce_retracing=True, autograph=False)
+        def train_step(self, stack):
+            one_step = super().train_step
+
+            def learn_next(index):
+                one_step(tuple(array[:, index] for array in stack))
+                return [index + 1]
+
+            tf.while_loop(lambda index: index < tf.shape(stack[0])[1], learn_next, [0])
+            return self.get_metrics_result()
+
+    return Stacked
+
+
+def prepare_network(args, data, source, packed, updates):
+    """Builds and compiles the network, with the weights that `initial_weights` gives.
+
+    `updates` is the number of updates of the weights in all epochs.
+    """
     import keras
 
     backend, devices = keras.backend.backend(), keras.distribution.list_devices()
-    by_hand = learns_by_hand(args)
-    layers = model.build_layers(
-        len(data.corpus.alphabet),
-        args.units,
-        args.layers,
-        args.dropout,
-        args.recurrent_dropout,
-        args.seed,
-        by_hand,
-    )
-    # Every target weighs the same, whichever batch it is in.
-    scale = float(1 / (args.batch_size * data.corpus.lengths[data.training].mean()))
-    make_network = make_jax_network if backend == "jax" else make_tensorflow_network
-    network = make_network(layers, scale, packed=by_hand)
-    steps = args.epochs * math.ceil(len(data.training) / args.batch_size)
-    rate = keras.optimizers.schedules.CosineDecay(args.learning_rate, steps)
+    shares = args.dropout, args.recurrent_dropout
+    size = len(data.corpus.alphabet), args.units, args.layers
+    layers = model.build_layers(*size, *shares, args.seed, by_hand=packed)
+    network = make_network(layers, packed)
+    rate = keras.optimizers.schedules.CosineDecay(args.learning_rate, updates)
     adam = keras.optimizers.Adam(rate, global_clipnorm=1.0)
     network.compile(adam, jit_compile=backend == "jax")
-    network.optimizer.build(network.trainable_variables)
+    adam.build(network.trainable_variables)
     network.set_weights(initial_weights(network.get_weights(), data, source))
-    print(
+    say(
         f"Network: {args.layers} × LSTM({args.units}), {network.count_params():,} parameters, "
-        f"trained by Keras on {backend}, {', '.join(devices)}"
+        f"by Keras on {backend}, {', '.join(devices)}"
     )
     return network
 
@@ -835,21 +589,12 @@ def initial_weights(weights, data, source):
 
 
 def extend_weights(weights, alphabet, source):
-    """Gives a model's weights room for an alphabet that holds more than its own.
+    """Returns the weights of the `SequenceModel` `source`, with room for a larger `Alphabet`.
 
     Characters that the model knows keep their odds among each other after
     any beginning, since a softmax keeps the ratios of the others when one is
-    added.
-
-    Args:
-        weights: list of float32 arrays, as `get_weights()` gives them, of a
-            network of that alphabet whose last bias is the logarithm of each
-            character's frequency: what new characters start from.
-        alphabet: `Alphabet`, with at least the characters of the model's.
-        source: `SequenceModel`.
-
-    Returns:
-        List of float32 arrays, of the shapes of `weights`.
+    added. New ones start from their weights in `weights`, whose last bias is the
+    logarithm of each character's frequency.
     """
     kept = np.array([0, *alphabet.encode(source.alphabet.symbols[1:])])
     old, *lstm, dense, bias = source.weights
@@ -861,6 +606,108 @@ def extend_weights(weights, alphabet, source):
     offsets = weights[-1] + highest + np.log(np.exp(bias - highest).sum())
     offsets[kept] = bias
     return [kernel, *lstm, extended, offsets.astype(np.float32)]
+
+
+# An earlier run
+
+
+class Earlier(typing.NamedTuple):
+    """What an earlier run left at `--save_path`, or a beginning.
+
+    Attributes:
+        history: dict, the losses so far; it grows.
+        weights: list of arrays, those of the best epoch so far, or None.
+        checkpoint: list of arrays, the variables that training continues with, or empty.
+        stamp: what `stamp` says of the file.
+    """
+
+    history: dict
+    weights: list | None
+    checkpoint: list
+    stamp: tuple | None
+
+
+def describe(args, data, source):
+    """Returns the metadata of a run that has not begun: a dict for `model.save`."""
+    corpus = data.corpus
+    rows = np.ascontiguousarray(corpus.rows[:, :-1])  # without the column that is 0 for all
+    fingerprint = hash_bytes(corpus.alphabet.symbols.encode(), rows, corpus.complete)
+    return {
+        "alphabet": corpus.alphabet.symbols,
+        "max_len": corpus.max_len,
+        "units": args.units,
+        "layers": args.layers,
+        "loader_class": type(data.loader).__name__,
+        "data": {"sequences": len(corpus), "sha256": fingerprint},
+        "settings": {name: getattr(args, name) for name in SETTINGS},
+        "init_from": source and hash_bytes(*source.weights),
+        "epochs": args.epochs,
+        "history": {"loss": [], "val_loss": []},
+    }
+
+
+def identify(metadata):
+    """Returns all that makes two runs the same, a flat dict, given a run's metadata."""
+    names = "init_from", "data", "units", "layers", "max_len"
+    settings = metadata.get("settings")
+    return {
+        "sentinel": metadata["alphabet"][0],
+        **{name: metadata.get(name) for name in names},
+        **(settings if isinstance(settings, dict) else {}),
+    }
+
+
+def read_earlier_run(path, metadata, validated, epochs, patience):
+    """Returns the losses, the best weights and the checkpoint of the run at `--save_path`.
+
+    Raises a `UserError` if it isn't the run that this one's `metadata` describes: what
+    counts is what the flags mean, not how they were typed. `validated` tells
+    whether there is anything to validate with.
+    """
+    ways_out = "pass --overwrite to start over, or another --save_path"
+    with model.naming("--save_path", path):
+        try:
+            best, found, checkpoint = model.load_checkpoint(path)
+        except UserError as error:
+            raise UserError(f"{error}; {ways_out}") from None
+    then, now = identify(found), identify(metadata)
+    for name in now:
+        if then.get(name) == now[name]:
+            continue
+        difference = f"--{name} {reprlib.repr(then.get(name))}, not {now[name]!r}"
+        if name == "init_from":
+            difference = "another --init_from"
+        elif name == "data":
+            difference = "other data (--sequence_path, --num_sequences, --max_len)"
+            ways_out += f", with --init_from {path} to learn from what it knows"
+        raise UserError(f"--save_path: {path} was trained with {difference}; {ways_out}")
+    history = found.get("history")
+    if not is_history(history, validated) or not (
+        checkpoint or is_finished(history, epochs, patience)
+    ):
+        raise UserError(f"--save_path: {path} lacks what continuing needs; {ways_out}")
+    return history, best.weights, checkpoint
+
+
+def is_history(value, validated):
+    """Returns whether a value from a file's metadata is a history of (validated) losses."""
+    match value:
+        case {"loss": [*losses], "val_loss": [*held_out]}:
+            are_numbers = all(type(loss) is float for loss in losses + held_out)
+            return are_numbers and len(held_out) == (len(losses) if validated else 0)
+    return False
+
+
+def epochs_since_best(history):
+    """Returns how many epochs ago the best validation loss was, 0 if there is none."""
+    losses = history["val_loss"]
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+
+def is_finished(history, epochs, patience):
+    """Returns whether a run with these losses so far has nothing left to do."""
+    out_of_patience = patience is not None and epochs_since_best(history) >= patience
+    return out_of_patience or len(history["loss"]) >= epochs
 
 
 # Several cores, devices and hosts
@@ -875,22 +722,21 @@ def count_cores():
     return cores
 
 
-def use_cores(args, data):
+def use_cores(rows, operations):
     """Gives each usable core a device, so that Keras on JAX divides batches among them.
 
-    Within a device XLA keeps to about one core. Small batches get fewer devices,
-    each at least two rows.
+    Within a device XLA keeps to about one core. Small batches, of few `rows` or
+    `operations`, get fewer devices, each at least two rows.
     """
     import jax
     import keras
 
-    operations = count_operations(args, data.corpus) * args.batch_size
-    rows = plan_stacks(args, data.corpus, len(data.training), args.batch_size, packed=True).rows
     count = max(1, min(count_cores(), rows // 2, operations // OPERATIONS_PER_DEVICE))
     # So that no rows are added: what dropout draws must not depend on the number of cores.
     count = max(divisor for divisor in range(1, count + 1) if rows % divisor == 0)
     if count > 1:
-        jax.config.update("jax_num_cpu_devices", count)
+        with contextlib.suppress(RuntimeError):  # of a second run in one process
+            jax.config.update("jax_num_cpu_devices", count)
         if "cpu" in keras.distribution.list_devices()[0]:
             divide_batches()
 
@@ -903,10 +749,11 @@ def divide_batches():
     keras.distribution.set_distribution(data_parallel)
 
 
-def join_group(args, metadata):
+def join_group(metadata, patience):
     """Makes Keras divide each batch among all devices of all processes of a group.
 
-    Returns which process this is, and of how many: a tuple of two int.
+    All must have been started alike, with this metadata and `--patience`. Returns
+    the number of this process and how many there are, two int.
     """
     import_keras()
     import jax
@@ -927,7 +774,7 @@ def join_group(args, metadata):
             f"--distribute: {reason}; check the KERAS_DISTRIBUTION_… variables on every host"
         ) from None
     model.catch_signals()  # JAX has taken SIGTERM
-    digest = hash_bytes(json.dumps([metadata, args.patience]).encode())
+    digest = hash_bytes(json.dumps([metadata, patience]).encode())
     try:
         multihost_utils.assert_equal(np.frombuffer(digest.encode(), np.uint8))
     except AssertionError:
@@ -941,171 +788,187 @@ def join_group(args, metadata):
     return jax.process_index(), jax.process_count()
 
 
-def broadcast_history(history):
-    """Returns process 0's history in every process of a group."""
+def broadcast(value):
+    """Returns in every process of a group what process 0 passes, a value that JSON can hold."""
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
-    text = np.frombuffer(json.dumps(history).encode(), np.uint8)
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size = int(broadcast_one_to_all(np.int32(len(text))))
     return json.loads(bytes(broadcast_one_to_all(np.resize(text, size))))
+
+
+def find_earlier_run(args, metadata, group, validated):
+    """Returns the run to continue, or a beginning: `Earlier`.
+
+    Of a group, process 0 reads the file; if it refuses that, all stop.
+    """
+    (rank, processes), refusal = group, None
+    found = stamp(args.save_path)
+    history, weights, checkpoint = metadata["history"], None, []
+    if rank == 0 and found and not args.overwrite:
+        try:
+            history, weights, checkpoint = read_earlier_run(
+                args.save_path, metadata, validated, args.epochs, args.patience
+            )
+        except UserError as error:
+            refusal = str(error)
+    if processes > 1:
+        refusal, history = broadcast([refusal, history])
+    if refusal:
+        raise UserError(refusal)
+    return Earlier(history, weights, checkpoint, found)
+
+
+def stamp(path):
+    """Returns what tells a file from the one that replaces it, or None if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        found = os.stat(path)
+        return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 # Training
 
 
-def set_variables(args, variables, state):
-    """Sets Keras variables to an earlier run's state, if any, and alike in all processes."""
+def set_variables(variables, values, path, distributed):
+    """Sets Keras variables to values that were read from `path`.
 
-    def kind(array):
-        # Which integers Keras counts in depends on the backend.
-        return tuple(array.shape), "int" if "int" in str(array.dtype) else str(array.dtype)
-
-    if state and list(map(kind, state)) != list(map(kind, variables)):
+    If `distributed`, all processes must call it, and get the values of process 0.
+    """
+    fits = [value.shape for value in values] == [tuple(each.shape) for each in variables]
+    if not (broadcast(fits) if distributed else fits):
         raise UserError(
-            f"--save_path: {args.save_path} was trained with a version of Keras whose "
-            "runs this one can't continue; pass --overwrite to start over, or another --save_path"
+            f"--save_path: {path} was trained with a version of Keras whose runs this one can't "
+            "continue; pass --overwrite to start over, or another --save_path"
         )
-    if not (state or args.distribute):
-        return
-    values = [np.asarray(value, each.dtype) for value, each in zip(state or variables, variables)]
-    if args.distribute:
+    values = [value.astype(variable.dtype) for variable, value in zip(variables, values)]
+    if distributed:
         from jax.experimental.multihost_utils import broadcast_one_to_all
 
         values = broadcast_one_to_all(values)
     for variable, value in zip(variables, values):
-        variable.assign(value)
+        variable.assign(value)  # which all processes of a group must do together
 
 
-def make_data(args, data, first_epoch, rank, processes):
-    """Returns the keyword arguments of `fit` that concern the data.
+def stream(batches, seeds, group):
+    """Yields the stacks of an epoch for each of the seeds: the rows that this process takes."""
+    rank, processes = group
+    size = batches.rows // processes
+    for seed in seeds:
+        for stack in batches.epoch(seed):
+            yield tuple(array[rank * size : (rank + 1) * size] for array in stack)
 
-    The data are endless; the numbers of steps say where an epoch ends.
-    """
+
+def as_data(arrays):
+    """Returns tuples of arrays, an iterator, in the form in which `fit` takes them."""
     import keras
 
-    backend = keras.backend.backend()
-    devices = len(keras.distribution.list_devices()) if keras.distribution.distribution() else 1
-
-    def share(array):
-        size = len(array) // processes
-        return array[rank * size : (rank + 1) * size]
-
-    def feed(chosen, shuffle, batch_size, packed):
-        plan = plan_stacks(args, data.corpus, len(chosen), batch_size, packed)
-
-        def generate():
-            for epoch in itertools.count(first_epoch):
-                seed = (args.seed, epoch) if shuffle else None
-                for stack in make_stacks(data.corpus, chosen, plan, seed, devices):
-                    yield tuple(map(share, stack))
-
-        stacks = generate()
-        if backend == "tensorflow":
-            stacks = as_dataset(stacks)
-        return stacks, math.ceil(len(chosen) / plan.batch_size / plan.depth)
-
-    arguments = {}
-    packed = learns_by_hand(args)
-    arguments["x"], arguments["steps_per_epoch"] = feed(
-        data.training, True, args.batch_size, packed
-    )
-    if len(data.held_out):
-        # On TensorFlow, compiling the forward pass would take longer than it saves.
-        packed, batch_size = packed and backend == "jax", max(256, args.batch_size)
-        arguments["validation_data"], arguments["validation_steps"] = feed(
-            data.held_out, False, batch_size, packed
-        )
-    return arguments
-
-
-def as_dataset(stacks):
-    """Makes a `tf.data.Dataset` of what `make_stacks` yields."""
+    if keras.backend.backend() == "jax":
+        return arrays
     import tensorflow as tf
 
-    first = next(stacks)
-    signature = tuple(tf.TensorSpec([*array.shape[:2], None], array.dtype) for array in first)
-    stacks = itertools.chain([first], stacks)
+    first = next(arrays)
+    signature = tuple(tf.TensorSpec([*array.shape[:-1], None], array.dtype) for array in first)
+    arrays = itertools.chain([first], arrays)
     # Not prefetched: at Ctrl-C, Python and the thread that does it can wait for each other forever.
-    data = tf.data.Dataset.from_generator(lambda: stacks, output_signature=signature)
+    data = tf.data.Dataset.from_generator(lambda: arrays, output_signature=signature)
     options = tf.data.Options()
     options.autotune.enabled = False  # its thread can take two seconds to end
     return data.with_options(options)
 
 
-def make_callbacks(args, metadata, best, leads, teller):
-    """Returns the Keras callbacks, a list, in the order in which they must run.
+def make_callbacks(saver, teller, log_dir, history):
+    """Returns the Keras callbacks, a list, in the order in which they must run."""
+    from keras.callbacks import LambdaCallback, ProgbarLogger, TensorBoard, TerminateOnNaN
 
-    Args:
-        args: the command line.
-        metadata: this run's, from `describe`; its history grows.
-        best: list of arrays, the weights of the best epoch so far, or None.
-        leads: bool, whether this process of a group writes.
-        teller: the last of them, from `make_teller`.
-    """
-    from keras.callbacks import CSVLogger, ProgbarLogger, TensorBoard, TerminateOnNaN
-
-    callbacks = [TerminateOnNaN(), make_saver(args, metadata, best, leads)]
-    if args.log_dir is not None and leads:
-        continues = bool(metadata["history"]["loss"])
-        with model.writing("--log_dir", args.log_dir):
-            os.makedirs(args.log_dir, exist_ok=True)
-            if not continues:  # TensorBoard would draw an earlier run into this one
-                for part in ("train", "validation"):
-                    for old in pathlib.Path(args.log_dir, part).glob("events.out.tfevents.*"):
-                        old.unlink()
-        callbacks.append(CSVLogger(os.path.join(args.log_dir, "losses.csv"), append=continues))
+    callbacks = [TerminateOnNaN(), saver]
+    if log_dir is not None:
+        with model.naming("--log_dir", log_dir, "write"):
+            os.makedirs(log_dir, exist_ok=True)
+        if not history["loss"]:  # TensorBoard would draw an earlier run into this one
+            for part in ("train", "validation"):
+                for old in pathlib.Path(log_dir, part).glob("events.out.tfevents.*"):
+                    old.unlink()
+        log = LambdaCallback(on_epoch_end=lambda epoch, logs: write_losses(log_dir, history))
         import_tensorflow()
-        callbacks.append(TensorBoard(args.log_dir, write_graph=False))
+        callbacks += [log, TensorBoard(log_dir, write_graph=False)]
     # The bar must end before anything else is printed.
-    return [*callbacks, ProgbarLogger(), teller]
+    return [*callbacks, *([ProgbarLogger()] if shows_bar() else []), teller]
 
 
-def make_saver(args, metadata, best, leads):
-    """Makes the callback that saves, and stops a run that diverged or has nothing left to do."""
+def shows_bar():
+    """Returns whether Keras's bar suits the terminal: it has colors and needs some width."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout.isatty() and not plain and shutil.get_terminal_size().columns >= 80
+
+
+def write_losses(folder, history):
+    """Writes losses.csv anew, so that it holds whatever epoch the model's file holds."""
+    columns = {name: losses for name, losses in history.items() if losses}
+    epochs = range(1, len(history["loss"]) + 1)
+    rows = [("epoch", *columns), *zip(epochs, *columns.values())]
+    path = os.path.join(folder, "losses.csv")
+    with model.naming("--log_dir", folder, "write"), model.replacing(path) as file:
+        file.writelines(f"{','.join(map(str, row))}\n".encode() for row in rows)
+
+
+def make_saver(path, metadata, earlier, patience, leads):
+    """Makes the callback that saves, and stops a run that diverged or has no patience left.
+
+    `earlier` is what there is at `path`, and `leads` tells whether this process of a
+    group writes.
+    """
     from keras.callbacks import Callback
 
-    history = metadata["history"]
+    history = earlier.history
 
     class Saver(Callback):
-        best_weights = best
+        best_weights, written = earlier.weights, earlier.stamp
 
         def on_epoch_end(self, epoch, logs):
             weights = self.model.get_weights()
             variables = self.model.variables + self.model.optimizer.variables
-            state = [np.asarray(each) for each in variables]
+            checkpoint = [np.asarray(each) for each in variables]
             if not (
                 all(map(math.isfinite, logs.values()))
                 and all(model.is_within(array, model.LARGEST_WEIGHT) for array in weights)
-                and all(np.isfinite(array).all() for array in state)
+                and all(np.isfinite(array).all() for array in checkpoint)
             ):
+                rate = metadata["settings"]["learning_rate"]
                 raise UserError(
                     f"the loss of epoch {epoch + 1} or a weight is NaN or too large; "
-                    f"{explain_kept(args, history)}; try a --learning_rate below "
-                    f"{args.learning_rate}, in another --save_path or with --overwrite"
+                    f"{explain_kept(path, history)}; try a --learning_rate below {rate}, in "
+                    "another --save_path or with --overwrite"
                 )
-            # Until it is saved, `history` must not claim this epoch.
-            added = {name: [*history[name], loss] for name, loss in logs.items()}
-            grown = {**history, **added}
-            if epochs_since_best(grown) == 0:
-                self.best_weights = weights
-            if leads:
-                saved = {**metadata, "history": grown}
-                with model.writing("--save_path", args.save_path):
-                    model.save(args.save_path, self.model, self.best_weights, saved, state)
-            history.update(grown)
-            self.model.stop_training = is_finished(args, history)
+            grown = {name: [*history[name], loss] for name, loss in logs.items()}
+            with model.holding_signals():  # `history` says what is saved, and nothing else
+                if epochs_since_best({**history, **grown}) == 0:
+                    self.best_weights = weights
+                if leads:
+                    self.save({**metadata, "history": {**history, **grown}}, checkpoint)
+                history.update(grown)
+            self.model.stop_training = is_finished(history, metadata["epochs"], patience)
+
+        def save(self, metadata, checkpoint):
+            if stamp(path) not in (None, self.written):
+                raise UserError(
+                    f"--save_path: another program has written {path} since this one did; "
+                    "pass another --save_path"
+                )
+            with model.naming("--save_path", path, "write"):
+                model.save(path, self.best_weights, metadata, checkpoint)
+            self.written = stamp(path)
 
     return Saver()
 
 
-def make_teller(args, data):
+def make_teller(data, epochs, seed):
     """Makes the callback that says how an epoch went and what the network invents now."""
     from keras.callbacks import Callback
 
     class Teller(Callback):
         def on_train_begin(self, logs):
             self.speeds = []
-            print("Compiling, which takes a few seconds", flush=True)
+            say("Compiling, which takes a few seconds")
 
         def on_epoch_begin(self, epoch, logs):
             self.start = time.perf_counter()
@@ -1115,13 +978,13 @@ def make_teller(args, data):
 
         def on_epoch_end(self, epoch, logs):
             self.speeds.append(len(data.training) / self.seconds)
-            if not sys.stdout.isatty():  # on a terminal, Keras's bar has shown this
+            if not shows_bar():  # which has shown this
                 losses = " - ".join(f"{name}: {loss:.4f}" for name, loss in logs.items())
                 speed = f"{self.speeds[-1]:,.0f} sequences/s"
-                print(f"Epoch {epoch + 1}/{args.epochs} - {losses} - {speed}")
+                say(f"Epoch {epoch + 1}/{epochs} - {losses} - {speed}")
             corpus = data.corpus
             current = SequenceModel(corpus.alphabet, corpus.max_len, self.model.get_weights())
-            show_invented(current, data, (args.seed, epoch))
+            show_invented(current, data, (seed, epoch))
 
     return Teller()
 
@@ -1148,66 +1011,97 @@ def find_place(data, text):
     return "held out" if np.isin(places[0], data.held_out) else "learned"
 
 
+def fit(args, data, source, metadata, earlier, group):
+    """Trains: builds the network, sets it to an earlier run's variables and calls Keras's `fit`.
+
+    Returns the sequences per second of the median epoch, a float, without the first, in
+    which Keras compiles; None if there was no other.
+    """
+    import_keras()
+    import keras
+
+    corpus, done, leads = data.corpus, len(earlier.history["loss"]), group[0] == 0
+    operations = count_operations(corpus, args.units, args.layers) * args.batch_size
+    if keras.backend.backend() == "jax" and not args.distribute:
+        use_cores(count_rows(args.batch_size), operations)
+    divided = keras.distribution.distribution() is not None
+    devices = len(keras.distribution.list_devices()) if divided else 1
+    packed = learns_by_hand(args.recurrent_dropout, args.distribute)
+    depth = choose_depth(corpus, args.batch_size, operations)
+    learned = Batches(corpus, data.training, args.batch_size, depth, packed, devices)
+    updates = args.epochs * learned.stacks * learned.depth
+    network = prepare_network(args, data, source, packed, updates)
+    variables = network.variables + network.optimizer.variables
+    if earlier.checkpoint or args.distribute:
+        values = earlier.checkpoint or [np.asarray(each) for each in variables]
+        set_variables(variables, values, args.save_path, args.distribute)
+    validation = {}
+    if len(data.held_out):
+        size = min(VALIDATION_BATCH, len(data.held_out))
+        held_out = Batches(corpus, data.held_out, size, packed=False, devices=devices)
+        stacks = stream(held_out, itertools.repeat(None), group)
+        single = (tuple(array[:, 0] for array in stack) for stack in stacks)
+        validation = {"validation_data": as_data(single), "validation_steps": held_out.stacks}
+    saver = make_saver(args.save_path, metadata, earlier, args.patience, leads)
+    teller = make_teller(data, args.epochs, args.seed)
+    # The data are endless; the numbers of steps say where an epoch ends.
+    seeds = ((args.seed, epoch) for epoch in itertools.count(done))
+    network.fit(
+        as_data(stream(learned, seeds, group)),
+        steps_per_epoch=learned.stacks,
+        **validation,
+        initial_epoch=done,
+        epochs=args.epochs,
+        callbacks=make_callbacks(saver, teller, args.log_dir if leads else None, earlier.history),
+        verbose=1 if shows_bar() else 0,
+        shuffle=False,
+    )
+    return statistics.median(teller.speeds[1:]) if teller.speeds[1:] else None
+
+
+# All of it
+
+
 def run(args):
-    """Does what the command line asks for, from reading the data to the last line printed."""
+    """Does what the command line asks for and returns the exit status."""
+    # A name in Japanese must not stop a night's training under LANG=C.
+    model.reconfigure(sys.stdout, errors="backslashreplace", line_buffering=True)
     check_flags(args)
     source = read_source(args)
     data = read_data(args, source)
     check_data(args, data)
     args.batch_size = min(args.batch_size, len(data.training))
-    metadata = describe(args, data, source)
-    history, best, state, group = metadata["history"], None, None, (0, 1)
-    # In a group only process 0 reads and writes the file.
-    several = args.distribute and os.environ.get("KERAS_DISTRIBUTION_JOB_ADDRESSES")
-    leads = not several or os.environ.get("KERAS_DISTRIBUTION_PROCESS_ID", "0") == "0"
-    if leads and not args.overwrite and os.path.exists(args.save_path):
-        history, best, state = read_earlier_run(args, metadata, len(data.held_out) > 0)
+    metadata, group = describe(args, data, source), (0, 1)
     if args.distribute:
-        group = join_group(args, metadata)  # which compares the metadata, so without a history
-        history = broadcast_history(history)
-    metadata["history"] = history
+        group = join_group(metadata, args.patience)
+    earlier = find_earlier_run(args, metadata, group, len(data.held_out) > 0)
+    history = earlier.history
     tell_what_was_read(args, data, source)
     done, speed = len(history["loss"]), None
-    if is_finished(args, history):
-        say(f"The run in {args.save_path} is finished, after {done} epochs")
+    if args.log_dir is not None and done and group[0] == 0:
+        write_losses(args.log_dir, history)
+    if is_finished(history, args.epochs, args.patience):
+        flag = "--epochs" if done >= args.epochs else "--patience"
+        say(f"The run in {args.save_path} is finished, after {done} epochs; raise {flag} to go on")
     else:
         if done:
             say(f"Continuing {args.save_path} after epoch {done}")
         try:
-            speed = fit(args, data, source, metadata, best, state, group)
+            speed = fit(args, data, source, metadata, earlier, group)
         except KeyboardInterrupt as stop:
-            kept = explain_kept(args, history)
+            kept = explain_kept(args.save_path, history)
             if history["loss"]:
                 without = " without --overwrite" if args.overwrite else ""
                 kept += f"; the same command{without} continues"
-            raise KeyboardInterrupt(stop.args[0], kept) from None
-    tell_what_was_learned(args, data, history, speed)
-
-
-def fit(args, data, source, metadata, best, state, group):
-    """Trains: builds the network, sets it to an earlier run's state and calls Keras's `fit`.
-
-    Returns the sequences per second of the median epoch, a float.
-    """
-    import_keras()
-    import keras
-
-    if keras.backend.backend() == "jax" and not args.distribute:
-        use_cores(args, data)
-    done, (rank, processes) = len(metadata["history"]["loss"]), group
-    teller = make_teller(args, data)
-    callbacks = make_callbacks(args, metadata, best, rank == 0, teller)
-    network = prepare_network(args, data, source)
-    set_variables(args, network.variables + network.optimizer.variables, state)
-    network.fit(
-        **make_data(args, data, done, rank, processes),
-        initial_epoch=done,
-        epochs=args.epochs,
-        callbacks=callbacks,
-        verbose=1 if sys.stdout.isatty() else 0,
-        shuffle=False,
-    )
-    return statistics.median(teller.speeds)
+            number = stop.args[0] if stop.args else signal.SIGINT
+            raise KeyboardInterrupt(number, kept) from None
+        except Exception as error:
+            # As TensorFlow and JAX call it.
+            if re.search("resource_?exhausted", f"{type(error).__name__} {error}", re.IGNORECASE):
+                raise MemoryError from None
+            raise
+    tell_what_was_learned(args.save_path, data, history, speed)
+    return 0
 
 
 def tell_what_was_read(args, data, source):
@@ -1224,6 +1118,8 @@ def tell_what_was_read(args, data, source):
         f"Read {len(corpus):,} sequences, {np.count_nonzero(corpus.rows):,} characters, "
         f"an alphabet of {len(corpus.alphabet) - 1:,}, from {args.sequence_path}"
     )
+    if loader.advice:
+        say(f"{args.sequence_path}: {loader.advice}")
     if len(corpus) == 1 and args.num_sequences != 1:
         say("Only one sequence was found; is there one per line?")
     if source:
@@ -1231,7 +1127,7 @@ def tell_what_was_read(args, data, source):
         say(f"Starting from {args.init_from}, with {added:,} characters added to its alphabet")
     if corpus.dropped:
         whole = corpus.dropped + np.count_nonzero(corpus.rows)
-        print(
+        say(
             f"Cut {np.count_nonzero(~corpus.complete):,} sequences to {corpus.max_len} characters "
             f"(--max_len): {corpus.dropped:,} of {whole:,} characters are left out"
         )
@@ -1240,17 +1136,17 @@ def tell_what_was_read(args, data, source):
     if args.validation_split and not held_out:
         why = f": too few distinct sequences for a --validation_split of {args.validation_split}"
     count = len(data.training)
-    print(f"Learning from {count:,} sequences, holding out {held_out:,} for validation{why}")
+    say(f"Learning from {count:,} sequences, holding out {held_out:,} for validation{why}")
 
 
-def tell_what_was_learned(args, data, history, speed):
+def tell_what_was_learned(path, data, history, speed):
     """Prints a table of what the file holds, and how to go on.
 
-    `speed` is in sequences per second, None if nothing was left to learn.
+    `speed` is in sequences per second, None if it is not known.
     """
     epochs = len(history["loss"])
     best = epochs - 1 - epochs_since_best(history)
-    table = {"saved in": args.save_path}
+    table = {"saved in": path}
     if history["val_loss"]:
         table["best epoch"] = f"{best + 1} of {epochs}"
     for name, losses in ("loss", history["loss"]), ("validation loss", history["val_loss"]):
@@ -1263,11 +1159,11 @@ def tell_what_was_learned(args, data, history, speed):
         say(f"{name:17}{value}")
     loss, guess = (history["val_loss"] or history["loss"])[best], loss_of_frequencies(data)
     if loss > guess:
-        print(
+        say(
             f"That is worse than {guess:.4f}, what character frequencies alone would give; "
             "try a lower --learning_rate, more --epochs or more sequences"
         )
-    say(f"Sample from it:  python sample.py --weights_path {shlex.quote(args.save_path)}")
+    say(f"Sample from it:  python sample.py --weights_path {shlex.quote(path)}")
 
 
 def loss_of_frequencies(data):
@@ -1280,48 +1176,21 @@ def loss_of_frequencies(data):
 
 
 def say(text):
-    """Prints a line that may hold the name of a file."""
+    """Prints a line that may hold text from a file."""
     print(model.printable(text))
 
 
-def explain_kept(args, history):
+def explain_kept(path, history):
     """Returns what `--save_path` holds after these losses, a str."""
-    if not history["loss"]:
-        return "nothing new was saved"
-    return f"{args.save_path} keeps the last whole epoch"
+    return f"{path} keeps the last whole epoch" if history["loss"] else "nothing new was saved"
 
 
 def main(arguments=None):
-    """Runs the command line."""
-    model.open_closed_streams()
-    # A name in Japanese must not stop a night's training under LANG=C.
-    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
-    parser, args = parse_arguments(arguments)
-    model.catch_signals()
-    try:
-        run(args)
-    except UserError as error:
-        parser.error(str(error))
-    except OSError as error:
-        model.discard(sys.stdout)
-        what = error.filename or "the output"
-        parser.error(f"can't write {what}: {error.strerror}; epochs that ended are kept")
-    except KeyboardInterrupt as stop:
-        model.catch_signals(signal.SIG_IGN)  # it is stopping already
-        number, *told = stop.args
-        told = model.printable("".join(told) or "nothing new was saved")
-        with contextlib.suppress(OSError):  # of a terminal that has gone
-            print(f"\nStopped: {told}.", file=sys.stderr)
-        sys.exit(128 + number)
-    except Exception as error:
-        # As TensorFlow and JAX call it.
-        exhausted = "ResourceExhausted" in type(error).__name__ or "RESOURCE_EXHAUSTED" in str(
-            error
-        )
-        if not (exhausted or isinstance(error, MemoryError)):
-            raise
-        parser.error("there is not enough memory; lower --batch_size, --units or --max_len")
+    """Runs the command line and returns the exit status."""
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    return model.run_script(parser, run, args, "--batch_size, --units or --max_len")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -91,10 +91,10 @@ def make_model(stem):
             print(f"{stem}: {line}", end="")
     if shell.returncode:
         raise SystemExit(f"{stem}: a command of the card failed")
-    return remove_training_state(folder / f"{stem}.h5")
+    return remove_checkpoint(folder / f"{stem}.h5")
 
 
-def remove_training_state(path):
+def remove_checkpoint(path):
     """Returns a model's file, as bytes, without what only continuing to train it needs.
 
     Nor does it hold the time, which HDF5 notes in each group of its latest format: two runs
@@ -103,7 +103,7 @@ def remove_training_state(path):
     with h5py.File(path) as file, h5py.File(made := io.BytesIO(), "w") as copy:
 
         def add(name, found):
-            if not name.startswith(model.TRAINING_STATE):
+            if not name.startswith((model.CHECKPOINT, "training_state")):  # its earlier name
                 if isinstance(found, h5py.Dataset):
                     copy[name] = found[()]
                 for key, value in found.attrs.items():

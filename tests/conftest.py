@@ -1,7 +1,9 @@
-"""What several test modules need: the scripts as a user runs them, and one trained model."""
+"""What several test modules need: the scripts as a user runs them, data and models."""
 
+import json
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -32,6 +34,7 @@ CONTRACT = (
     "--num_sequences 1000 --max_len 8 --sentinel ' ' --units 32 --layers 3 --batch_size 32 "
     "--epochs 10 --save_path 'incognito_model.h5'"
 )
+JAX = {**os.environ, "KERAS_BACKEND": "jax"}
 
 
 def run(script, *arguments, **options):
@@ -40,6 +43,21 @@ def run(script, *arguments, **options):
         [sys.executable, ROOT / script, *map(str, arguments)],
         **{"capture_output": True, "encoding": "utf-8", "timeout": 300, **options},
     )
+
+
+def start(script, *arguments, **options):
+    """Starts a script of the project with text pipes and returns the process."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
+        [sys.executable, ROOT / script, *map(str, arguments)],
+        **{**pipes, "encoding": "utf-8", **options},
+    )
+
+
+def wait_for_line(process, beginning):
+    """Reads what a process prints up to the first line that begins so."""
+    while not process.stdout.readline().startswith(beginning):
+        assert process.poll() is None, process.communicate()
 
 
 def terminal(script, *arguments, columns=80, term="dumb", **options):
@@ -63,31 +81,51 @@ def assert_one_line_error(process, script):
     """Asserts that a run failed as a user's mistake should."""
     assert process.returncode == 2
     assert process.stdout == ""
-    assert process.stderr.startswith(f"{script}: error: ")
-    assert process.stderr.count("\n") == 1
+    assert re.fullmatch(f"{script}: error: .*\n", process.stderr)
+
+
+@pytest.fixture
+def refuse(tmp_path, capsys):
+    """Calls a script, `train` or `sample`, that must refuse its arguments; returns its one line.
+
+    It must touch no file of the test's folder either.
+    """
+
+    def read_files():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def refuse(script, *arguments):
+        before = read_files()
+        with pytest.raises(SystemExit) as end:
+            script.main([*map(str, arguments)])
+        out, err = capsys.readouterr()
+        assert (end.value.code, out) == (2, "")
+        assert re.fullmatch(rf"{script.__name__}\.py: error: .*\n", err)
+        assert read_files() == before
+        return err
+
+    return refuse
+
+
+def edit_metadata(path, **changes):
+    """Changes the metadata in a model's file."""
+    with h5py.File(path, "r+") as file:
+        metadata = json.loads(file.attrs[model.METADATA]) | changes
+        file.attrs[model.METADATA] = np.bytes_(json.dumps(metadata))
 
 
 def read_arrays(path):
     """All arrays in an HDF5 file, by their whole names."""
-    found = {}
-
-    def visit(name, item):
-        if isinstance(item, h5py.Dataset):
-            found[name] = item[()]
-
+    names = []
     with h5py.File(path) as file:
-        file.visititems(visit)
-    return found
+        file.visit(names.append)
+        return {name: file[name][()] for name in names if isinstance(file[name], h5py.Dataset)}
 
 
 def read_all(path):
     """Everything in a model's file that training decides, as comparable values."""
-    with h5py.File(path) as file:
-        metadata = file.attrs[model.METADATA]
-    return {
-        "metadata": metadata,
-        **{name: array.tobytes() for name, array in read_arrays(path).items()},
-    }
+    _, metadata = model.load(path)
+    return metadata, {name: array.tobytes() for name, array in read_arrays(path).items()}
 
 
 def write_sequences(folder):
@@ -95,6 +133,14 @@ def write_sequences(folder):
     rng = np.random.default_rng(0)
     names = ["".join(rng.choice(list("aeioukstmn"), rng.integers(3, 9))) for _ in range(300)]
     (folder / "sequences.txt").write_text("\n".join(names), encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a few hundred sequences to learn from, the current one of the test."""
+    write_sequences(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")
@@ -132,7 +178,10 @@ def enumerate_sequences(trained, prompt="", max_len=None, **shape):
         if len(text) == (max_len or trained.max_len):
             probabilities[text] = probability
             return
-        following = model.distribution(trained.read(text)[0][-1])
+        state = trained.start()
+        for index in (0, *trained.alphabet.encode(text)):
+            logits = trained.follow(np.array([index]), state)
+        following = model.distribution(logits[0])
         if not text:  # no sequence is empty
             following[0] = 0
         with np.errstate(divide="ignore"):

@@ -1,159 +1,143 @@
 """Whatever stops a run, and whenever: the file is a good one, and the same command goes on."""
 
+import functools
 import os
+import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 
 import pytest
-from conftest import KILLS, ROOT, read_all, run, write_sequences
+from conftest import KILLS, ROOT, read_all, run, start, write_sequences
 
 import model
 
 COMMAND = ["--units", 24, "--layers", 2, "--recurrent_dropout", 0.1, "--learning_rate", 0.05]
 COMMAND += ["--epochs", 60, "--patience", 8]
+SAVED = pathlib.Path("incognito_model.h5")
+
+
+def train(folder, backend="tensorflow"):
+    """Runs the command to its end and returns what it printed."""
+    process = run("train.py", *COMMAND, cwd=folder, env={**os.environ, "KERAS_BACKEND": backend})
+    assert (process.returncode, process.stderr) == (0, "")
+    return process.stdout
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """Makes what a run leaves, with a backend, that nothing stopped but its patience."""
-    known = {}
 
+    @functools.cache
     def make(backend):
-        if backend not in known:
-            folder = tmp_path_factory.mktemp("undisturbed")
-            write_sequences(folder)
-            process = run("train.py", *COMMAND, cwd=folder, env=environment(backend))
-            assert process.returncode == 0, process.stderr
-            known[backend] = read_all(folder / "incognito_model.h5")
-            _, metadata = model.load(folder / "incognito_model.h5")
-            losses = metadata["history"]["val_loss"]
-            assert 12 < len(losses) < 60
-            assert losses.index(min(losses)) == len(losses) - 1 - 8
-        return known[backend]
+        folder = tmp_path_factory.mktemp("undisturbed")
+        write_sequences(folder)
+        train(folder, backend)
+        losses = read_history(folder)["val_loss"]
+        assert 12 < len(losses) < 60
+        assert losses.index(min(losses)) == len(losses) - 1 - 8
+        return read_all(folder / SAVED)
 
     return make
 
 
-def environment(backend):
-    return {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)}
+def read_history(folder):
+    return model.load(folder / SAVED)[1]["history"]
 
 
-def kill_once(folder, backend, wait_for, seconds):
+def kill_once(backend, beginning, seconds):
     """Starts a run, kills it so long after a line that begins so, and returns how it ended."""
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", *map(str, COMMAND)],
-        cwd=folder,
-        env=environment(backend),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith(wait_for):
-            break
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    with start("train.py", *COMMAND, env=environment, stderr=None) as process:
+        next((line for line in process.stdout if line.startswith(beginning)), None)
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
 
 
-def test_a_killed_run_continues_to_the_same_bits(tmp_path, undisturbed):
-    path = tmp_path / "incognito_model.h5"
-    write_sequences(tmp_path)
-    assert kill_once(tmp_path, "tensorflow", "Epoch 3", 0) == -signal.SIGKILL
-    _, metadata = model.load(path)
-    assert 2 <= len(metadata["history"]["loss"]) < 12
-    continued = run("train.py", *COMMAND, cwd=tmp_path)
-    assert "Continuing incognito_model.h5 after epoch" in continued.stdout
-    assert read_all(path) == undisturbed("tensorflow")
-    assert "incognito_model.h5 is finished" in run("train.py", *COMMAND, cwd=tmp_path).stdout
+def test_a_killed_run_continues_to_the_same_bits(folder, undisturbed):
+    assert kill_once("tensorflow", "Epoch 3", 0) == -signal.SIGKILL
+    assert 2 <= len(read_history(folder)["loss"]) < 12
+    assert "Continuing incognito_model.h5 after epoch" in train(folder)
+    assert read_all(SAVED) == undisturbed("tensorflow")
+    assert "The run in incognito_model.h5 is finished, after" in train(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "count"), [("tensorflow", KILLS), ("jax", KILLS // 4)])
-def test_a_run_that_is_killed_often_ends_with_the_same_bits(tmp_path, undisturbed, backend, count):
+def test_a_run_that_is_killed_often_ends_with_the_same_bits(folder, undisturbed, backend, count):
     # Each try begins anew once it is through, so that all moments get their share of kills.
     rng = random.Random(0)
     kills = 0
-    path = tmp_path / "incognito_model.h5"
-    write_sequences(tmp_path)
     while kills < count:
-        wait_for, longest = rng.choice([("Read", 4), ("Network", 3), ("Epoch", 0.5), ("Epoch", 2)])
-        status = kill_once(tmp_path, backend, wait_for, rng.uniform(0, longest))
+        beginning, most = rng.choice([("Read", 4), ("Network", 3), ("Epoch", 0.5), ("Epoch", 2)])
+        status = kill_once(backend, beginning, rng.uniform(0, most))
         assert status in (0, -signal.SIGKILL)
         kills += status != 0
-        if path.exists():
-            _, metadata = model.load(path)
+        if SAVED.exists():
+            _, metadata, checkpoint = model.load_checkpoint(SAVED)
             assert 1 <= len(metadata["history"]["loss"]) <= 60
-            assert model.load_training_state(path)
+            assert checkpoint
         if status == 0:
-            assert read_all(path) == undisturbed(backend)
-            path.unlink()
-    assert run("train.py", *COMMAND, cwd=tmp_path, env=environment(backend)).returncode == 0
-    assert read_all(path) == undisturbed(backend)
+            assert read_all(SAVED) == undisturbed(backend)
+            SAVED.unlink()
+    train(folder, backend)
+    assert read_all(SAVED) == undisturbed(backend)
 
 
-# What goes wrong while a run writes its file for the second time, in Python, and how
-# many epochs longer than before the run the file is then.
+# What goes wrong while a run writes its first file, in Python, how the run ends then, and how
+# many epochs the file has. Each run continues the one before.
 FAULTS = {
-    "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))": 1,
-    "os.fsync = fail": 1,
-    "os.replace = fail": 1,
-    "os.fsync = kill": 1,
-    "os.replace = kill": 1,
-    "replace = os.replace; os.replace = lambda *a: kill(replace(*a))": 2,
+    "os.replace = sending(signal.SIGINT, os.replace)": (130, 1),
+    "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))": (2, 1),
+    "os.fsync = fail": (2, 1),
+    "os.fsync = sending(signal.SIGKILL)": (-signal.SIGKILL, 1),
+    "os.replace = sending(signal.SIGKILL)": (-signal.SIGKILL, 1),
+    "os.replace = sending(signal.SIGKILL, os.replace)": (-signal.SIGKILL, 2),
 }
 INJECTION = """
     import errno, os, resource, signal, sys
-    import model, train
+    import train
 
     def fail(*arguments):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    def kill(*arguments):
-        os.kill(os.getpid(), signal.SIGKILL)
+    def sending(number, function=print):
+        def send(*arguments):
+            function(*arguments)
+            os.kill(os.getpid(), number)
 
-    save, saved = model.save, 0
+        return send
 
-    def save_with_fault(*arguments):
-        global saved
-        saved += 1
-        if saved == 2:
-            {fault}
-        save(*arguments)
-
-    model.save = save_with_fault
-    train.main(sys.argv[1:])
+    {fault}
+    sys.exit(train.main(sys.argv[1:]))
 """
 
 
+def train_with(fault):
+    """Runs the command in the current folder with a fault, and returns the process."""
+    code = textwrap.dedent(INJECTION).format(fault=fault)
+    command = [sys.executable, "-c", code, *map(str, COMMAND)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.slow
-def test_saves_that_fail_leave_a_good_file(tmp_path, undisturbed):
-    write_sequences(tmp_path)
-    epochs = 0
-    for fault, longer in FAULTS.items():
-        code = textwrap.dedent(INJECTION).format(fault=fault)
-        process = subprocess.run(
-            [sys.executable, "-c", code, *map(str, COMMAND)],
-            cwd=tmp_path,
-            env=environment("tensorflow"),
-            capture_output=True,
-            text=True,
-        )
-        if "kill" in fault:
-            assert process.returncode == -signal.SIGKILL, process.stderr
-        else:
-            assert process.returncode == 2
-            assert process.stderr.startswith(
-                "train.py: error: --save_path: can't write incognito_model.h5: "
-            )
-            assert process.stderr.count("\n") == 1
-            assert sorted(os.listdir(tmp_path)) == ["incognito_model.h5", "sequences.txt"]
-        epochs += longer
-        _, metadata = model.load(tmp_path / "incognito_model.h5")
-        assert len(metadata["history"]["loss"]) == epochs
-    assert run("train.py", *COMMAND, cwd=tmp_path).returncode == 0
-    assert read_all(tmp_path / "incognito_model.h5") == undisturbed("tensorflow")
+def test_a_save_that_fails_leaves_a_good_file(folder, undisturbed):
+    for fault, (status, epochs) in FAULTS.items():
+        process = train_with(fault)
+        assert process.returncode == status, process.stderr
+        assert len(read_history(folder)["loss"]) == epochs
+        if status > 0:
+            told = {2: "train.py: error: --save_path: can't write incognito_model.h5: .*; check.*"}
+            told[130] = "Stopped: .* keeps the last whole epoch; the same command continues"
+            assert re.fullmatch(told[status] + "\n", process.stderr)
+            assert sorted(os.listdir(folder)) == ["incognito_model.h5", "sequences.txt"]
+    # A file that can't be replaced can still be written.
+    assert train_with("os.replace = fail").returncode == 0
+    assert read_all(SAVED) == undisturbed("tensorflow")

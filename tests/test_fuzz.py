@@ -22,8 +22,8 @@ def test_what_once_broke_something_is_refused(path):
 @pytest.mark.parametrize(
     ("kind", "count", "seed"),
     [
-        ("models", 60, 1),
-        ("lists", 60, 1),
+        ("models", 40, 1),
+        ("lists", 40, 1),
         pytest.param("models", 600, 2, marks=pytest.mark.slow),
         pytest.param("lists", 300, 2, marks=pytest.mark.slow),
     ],

@@ -1,11 +1,17 @@
+import concurrent.futures
+import contextlib
 import csv
+import hashlib
+import io
 import itertools
-import json
 import os
+import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import time
 
 import h5py
 import numpy as np
@@ -14,12 +20,14 @@ from conftest import (
     CONTRACT,
     PRE_TRAINED,
     ROOT,
-    assert_one_line_error,
+    edit_metadata,
     finish,
     predict,
     random_model,
     run,
+    start,
     terminal,
+    wait_for_line,
     write_sequences,
 )
 
@@ -29,14 +37,7 @@ from model import SequenceModel
 
 # More than there are to learn from, so that it means 270.
 SMALL = ["--units", 16, "--layers", 1, "--epochs", 3, "--batch_size", 1000]
-JAX = {**os.environ, "KERAS_BACKEND": "jax"}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A folder with a few hundred different sequences to learn from."""
-    write_sequences(tmp_path)
-    return tmp_path
+SAVED = pathlib.Path("incognito_model.h5")
 
 
 @pytest.fixture(scope="module")
@@ -44,33 +45,37 @@ def finished_run(tmp_path_factory):
     """A folder in which a run with the flags SMALL has ended and kept a log."""
     path = tmp_path_factory.mktemp("finished")
     write_sequences(path)
-    process = run("train.py", *SMALL, "--save_path", "new/m.h5", "--log_dir", "runs/1", cwd=path)
-    assert process.returncode == 0, process.stderr
+    process = run("train.py", *SMALL, "--log_dir", "logs/1", cwd=path)
+    assert process.returncode == 0
+    assert process.stderr == ""
     return path
 
 
 @pytest.fixture
 def finished(folder, finished_run):
-    """A folder with the sequences and the model of such a run."""
-    (folder / "incognito_model.h5").write_bytes((finished_run / "new" / "m.h5").read_bytes())
+    """The working directory, with what such a run leaves."""
+    shutil.copytree(finished_run, folder, dirs_exist_ok=True)
     return folder
 
 
-def say(path, **changes):
-    """Changes the metadata in a model's file."""
-    with h5py.File(path, "r+") as file:
-        metadata = json.loads(file.attrs[model.METADATA])
-        file.attrs[model.METADATA] = np.bytes_(json.dumps({**metadata, **changes}))
+def call(*arguments):
+    """Runs the command line in this process and returns its exit status."""
+    return train.main(list(map(str, arguments)))
 
 
-def assert_refused(folder, message, *flags):
-    """Asserts that a run is refused for a reason and leaves the file at --save_path as it is."""
-    before = (folder / "incognito_model.h5").read_bytes()
-    process = run("train.py", *SMALL, *flags, cwd=folder)
-    assert_one_line_error(process, "train.py")
-    assert f"--save_path: incognito_model.h5 {message}" in process.stderr
-    assert "pass --overwrite" in process.stderr
-    assert (folder / "incognito_model.h5").read_bytes() == before
+def read(*flags):
+    """Returns the values of flags, the data and the model to start from that they name."""
+    args = train.make_parser().parse_args(list(map(str, flags)))
+    source = train.read_source(args)
+    return args, train.read_data(args, source), source
+
+
+@contextlib.contextmanager
+def long_run():
+    """Starts a run with pipes for its output; it goes on when its first epoch has ended."""
+    with start("train.py", *SMALL, "--epochs", 1000) as process:
+        wait_for_line(process, "invented, ")
+        yield process
 
 
 # A whole run
@@ -94,39 +99,36 @@ def test_the_contract_command_tells_what_it_does_and_nothing_else(trained):
     assert re.search(rf"^best epoch +{best} of 10$", output, re.M)
     assert re.search(rf"^validation loss +{min(held_out):.4f} nats", output, re.M)
     assert re.search(r"^speed +[\d,]+ sequences/s$", output, re.M)
-    assert "\r" not in output
-    assert "\b" not in output
+    assert "worse" not in output
+    assert not set("\r\b") & set(output)
     assert output.endswith("python sample.py --weights_path incognito_model.h5\n")
 
 
-def test_a_finished_run_says_so_and_changes_nothing(trained):
+def test_a_finished_run_says_so_and_changes_nothing(trained, monkeypatch, capsys):
     folder, first = trained
-    before = (folder / "incognito_model.h5").read_bytes()
-    again = run(*shlex.split(CONTRACT), cwd=folder)
-    assert again.returncode == 0
-    assert again.stderr == ""
-    assert "is finished, after 10 epochs" in again.stdout
+    monkeypatch.chdir(folder)
+    before = SAVED.read_bytes()
+    assert call(*shlex.split(CONTRACT)[1:]) == 0
+    again = capsys.readouterr()
+    assert again.err == ""
+    assert "is finished, after 10 epochs; raise --epochs to go on\n" in again.out
     told = [line for line in first.stdout.splitlines() if not line.startswith("speed ")]
-    assert again.stdout.splitlines()[-4:] == told[-4:]
-    assert (folder / "incognito_model.h5").read_bytes() == before
+    assert again.out.splitlines()[-4:] == told[-4:]
+    assert SAVED.read_bytes() == before
 
 
 def test_the_loss_is_the_mean_over_characters_and_ends(trained):
     folder, _ = trained
-    with open(folder / "sequences.txt", encoding="utf-8") as file:
-        corpus = model.build_corpus(file.read().split("\n"), sentinel=" ", max_len=8)
+    words = (folder / "sequences.txt").read_text(encoding="utf-8").split("\n")
+    corpus = model.build_corpus(words, sentinel=" ", max_len=8)
     _, held_out = train.split(corpus, 0.1)
-    ours, metadata = model.load(folder / "incognito_model.h5")
-    total = count = 0
-    for row, complete in zip(corpus.rows[held_out], corpus.complete[held_out]):
-        text = corpus.alphabet.decode(row[row > 0])
-        distribution = predict(ours, text)
-        targets = [*corpus.alphabet.encode(text)] + [0] * int(complete)
-        total -= sum(np.log(distribution[step, target]) for step, target in enumerate(targets))
-        count += len(targets)
+    ours, metadata = model.load(folder / SAVED)
+    nats = []
+    for row, length in zip(corpus.rows[held_out], corpus.lengths[held_out]):
+        predicted = predict(ours, corpus.alphabet.decode(row[row > 0]))
+        nats += [-np.log(predicted[step, row[step]]) for step in range(length)]
     assert len(held_out) == 100
-    assert count == corpus.lengths[held_out].sum()
-    assert min(metadata["history"]["val_loss"]) == pytest.approx(total / count, rel=1e-5)
+    assert min(metadata["history"]["val_loss"]) == pytest.approx(np.mean(nats), rel=1e-5)
 
 
 def test_invented_sequences_are_new_held_out_or_learned(trained):
@@ -134,21 +136,298 @@ def test_invented_sequences_are_new_held_out_or_learned(trained):
     words = (folder / "sequences.txt").read_text(encoding="utf-8").split("\n")
     corpus = model.build_corpus(words, " ", 8)
     found = {
-        name: [
-            text
-            for line in re.findall(f"^invented, {name}: (.*)$", process.stdout, re.M)
-            for text in line.split("  ")
-        ]
+        name: " ".join(re.findall(f"^invented, {name}: (.*)$", process.stdout, re.M)).split()
         for name in ("new", "held out", "learned")
     }
     assert sum(map(len, found.values())) == 10 * train.SHOWN
     assert len(found["new"]) > 40
-    assert "" not in found["new"]
+    assert found["learned"]
     for name, part in zip(("learned", "held out"), train.split(corpus, 0.1)):
         known = {corpus.alphabet.decode(row[row > 0]) for row in corpus.rows[part]}
         assert known >= set(found[name])
         assert not known & set(found["new"])
-    assert found["learned"]
+
+
+# Mistakes
+
+
+HOME = os.path.expanduser("~")
+MISTAKES = {
+    "--batch_size ''": "--batch_size: '' is not a whole number from 1 to",
+    "--units 8193": "'8193' is not a whole number from 1 to 8,192",
+    "--units 8192 --layers 60": "; lower --units or --layers",
+    "--epochs -3": "--epochs: '-3' is not a whole number from 1 to",
+    "--learning_rate nan": "--learning_rate: 'nan' is not a number from",
+    "--validation_split 1": "'1' is not a number from 0 to 0.9",
+    "--sentinel ab": "'ab' is not a single character, but 2 code points: U+0061, U+0062",
+    "--sentinel n\u0304": "is not a single character, but 2 code points: U+006E, U+0304",
+    "names.txt": "'names.txt' needs a flag before it: --sequence_path names.txt",
+    "a.h5": "'a.h5' needs a flag before it: --save_path a.h5",
+    "--unit=3": "there is no flag --unit; did you mean --units?",
+    "--patience 2 --num_sequences 3": "--patience: 0.1 of 3 sequences leaves none to validate with",
+    "--patience 2 --validation_split 0": "--patience waits for a better validation loss",
+    "--sequences_path .": "--sequence_path: can't read .: Is a directory; check the path",
+    "--sequence_path latin.txt": "latin.txt, line 2: byte 0xe9 is not UTF-8",
+    "--sequence_path header.csv": "header.csv has no data rows",
+    "--sequence_path spaced.txt --sentinel ' '": "spaced.txt, line 3: the sequence contains the "
+    "sentinel ' ' (2 sequences do); pass a character that none contains, such as --sentinel '~'",
+    "--sequence_path - --sentinel ' '": "-, line 2: the sequence contains the sentinel ' '",
+    "--init_from none.h5": "--init_from: can't read none.h5: No such file or directory",
+    "--init_from latin.txt": "--init_from: latin.txt is not a model",
+    "--save_path new": "--save_path: Keras opens only .h5; pass new.h5",
+    "--save_path=~/new": f"--save_path: Keras opens only .h5; pass {HOME}/new.h5",
+    "--save_path folder.h5": "--save_path: 'folder.h5' is not a regular file",
+    "--save_path a.hdf5 --sequence_path a.hdf5 --overwrite": "is the file of --sequence_path",
+    "--distribute": "--distribute: needs Keras on JAX: pip install jax, and set KERAS_BACKEND=jax",
+}
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_gets_one_line_at_once_and_no_file(folder, refuse, monkeypatch, command):
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\nc d\n"))
+    (folder / "latin.txt").write_bytes(b"abc\ncaf\xe9\n")
+    (folder / "header.csv").write_bytes(b"name,n\n")
+    (folder / "spaced.txt").write_bytes(b"abc\n\na b\nc|d\ne f\n")
+    (folder / "a.hdf5").write_bytes(b"abc\n")
+    (folder / "folder.h5").mkdir()
+    assert MISTAKES[command] in refuse(train, *shlex.split(command))
+
+
+def test_a_log_folder_that_can_not_be_is_a_mistake(folder, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        call(*SMALL, "--log_dir", "sequences.txt")
+    told = capsys.readouterr().err
+    assert re.fullmatch("train.py: error: --log_dir: can't .*sequences.txt: File exists.*\n", told)
+
+
+def test_cheap_answers_do_not_wait_for_keras_and_help_shows_every_default(finished):
+    command = [sys.executable, "-X", "importtime", ROOT / "train.py"]
+    for flag, status in {"--sequence_path=missing": 2, "--units=17": 2, "--help": 0}.items():
+        process = subprocess.run([*command, flag], capture_output=True, text=True)
+        assert process.returncode == status
+        assert "argparse" in process.stderr
+        assert not re.search(r"\| +(keras|tensorflow|jax|wordfreq)\b", process.stderr)
+    assert set(re.findall(r"--\w+", CONTRACT)) <= set(re.findall(r"--\w+", process.stdout))
+    assert " ".join(process.stdout.split()).count("(default: ") == 18
+    assert "examples:" in process.stdout
+
+
+@pytest.mark.parametrize("how", ["variable", "keras.json", "damaged"])
+def test_a_backend_that_is_not_there_gets_one_line(folder, how):
+    environment = {**os.environ, "KERAS_HOME": str(folder)}
+    if how == "variable":
+        environment["KERAS_BACKEND"] = "torch"
+    if how == "keras.json":
+        (folder / "keras.json").write_text('{"backend": "openvino"}')
+    if how == "damaged":
+        (folder / "tensorflow").mkdir()
+        (folder / "tensorflow" / "__init__.py").write_text("raise ImportError('a library')\n")
+        environment["PYTHONPATH"] = str(folder)
+    process = run("train.py", *SMALL, env=environment)
+    assert process.returncode == 2
+    assert re.fullmatch("train.py: error: .*KERAS_BACKEND.*\n", process.stderr)
+    assert not SAVED.exists()
+
+
+# What is told of the data
+
+
+def test_what_is_not_learned_is_told(folder, capsys):
+    (folder / "a.tsv").write_text("Ort\tLand\n" + "ab" * 5000 + "\n")
+    args, data, source = read("--sequence_path", "a.tsv")
+    train.tell_what_was_read(args, data, source)
+    output = capsys.readouterr().out
+    for told in (
+        "Skipped the header (Ort, Land) and read the first column\n",
+        "Rows that don't have as many columns as the first: 1; ",
+        "Only one sequence was found; is there one per line?",
+        "Cut 1 sequences to 64 characters (--max_len): 9,936 of 10,000 characters are left out",
+        "validation: too few distinct sequences for a --validation_split of 0.1",
+    ):
+        assert told in output
+    assert max(map(len, output.splitlines())) <= 2 * train.LINE_WIDTH
+    assert train.describe(args, data, source)["loader_class"] == "UserNameLoader"
+
+
+def test_lines_that_look_like_a_table_are_learned_with_advice(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Emma,F,6887\nNoah,M,5042\n"))
+    args, data, source = read("--sequence_path", "-")
+    train.tell_what_was_read(args, data, source)
+    told = capsys.readouterr().out
+    assert "Read 2 sequences, 22 characters, an alphabet of 16, from -\n" in told
+    assert "-: every line has 2 commas: if this is a table, pass --loader_class UserN" in told
+
+
+# In a thread, as a notebook may do it.
+def test_a_single_epoch_that_is_worse_than_guessing_says_so_but_not_how_fast_it_was(folder):
+    rng = np.random.default_rng(0)
+    lines = ["".join(rng.choice(list("ab"), 8)) for _ in range(30)]
+    (folder / "sequences.txt").write_text("\n".join(lines))
+    flags = [*SMALL, "--epochs", 1, "--learning_rate", 9, "--dropout", 0]
+    pool = concurrent.futures.ThreadPoolExecutor()
+    with contextlib.redirect_stdout(io.StringIO()) as told, pool:
+        assert pool.submit(call, *flags).result() == 0
+    assert re.search(r"That is worse than [\d.]+, what character frequencies", told.getvalue())
+    assert "speed" not in told.getvalue()
+
+
+@pytest.mark.parametrize("sentinel", ["\t", "\n", "\r", "\\", "é"])
+def test_the_sentinel_may_be_an_escape(sentinel):
+    escape = {"\t": r"\t", "\n": r"\n", "\r": r"\r"}.get(sentinel, sentinel)
+    assert train.make_parser().parse_args(["--sentinel", escape]).sentinel == sentinel
+
+
+# The file at --save_path
+
+
+def test_more_epochs_continue_a_finished_run_and_its_log(finished, capsys):
+    train.import_keras()
+    import tensorflow as tf
+
+    _, before = model.load(SAVED)
+    assert call(*SMALL, "--epochs", 5, "--log_dir", "logs/1") == 0
+    told = capsys.readouterr().out
+    assert "Continuing incognito_model.h5 after epoch 3" in told
+    assert "Epoch 4/5" in told
+    _, after = model.load(SAVED)
+    for name, losses in before["history"].items():
+        assert after["history"][name][:3] == losses
+        assert len(after["history"][name]) == 5
+
+    logs = finished / "logs" / "1"
+    with open(logs / "losses.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [int(line["epoch"]) for line in lines] == [1, 2, 3, 4, 5]
+    for name, losses in after["history"].items():
+        assert [float(line[name]) for line in lines] == losses
+    for name, losses in {"train": "loss", "validation": "val_loss"}.items():
+        points = []
+        for path in sorted((logs / name).iterdir(), key=lambda path: path.stat().st_mtime):
+            for record in tf.data.TFRecordDataset(str(path)):
+                event = tf.compat.v1.Event.FromString(record.numpy())
+                for value in event.summary.value:
+                    if value.tag == "epoch_loss":
+                        points.append((event.step, float(tf.make_ndarray(value.tensor))))
+        steps, values = zip(*points)
+        assert steps == (0, 1, 2, 3, 4)
+        assert values == pytest.approx(after["history"][losses])
+
+
+def test_a_kill_between_the_model_and_its_log_leaves_no_epoch_out(finished, capsys):
+    log = finished / "logs" / "1" / "losses.csv"
+    whole = log.read_text()
+    log.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    assert call(*SMALL, "--log_dir", "logs/1") == 0
+    assert "is finished, after 3 epochs" in capsys.readouterr().out
+    assert log.read_text() == whole
+
+
+def test_flags_that_mean_the_same_are_the_same_run(finished, capsys):
+    names = (finished / "sequences.txt").read_text(encoding="utf-8")
+    (finished / "names.csv").write_text(f"name\n{names}", encoding="utf-8")
+    for flags in (
+        ["--max_len", 8, "--batch_size", 270, "--sentinel", "\n", "--num_sequences", 300],
+        ["--sequence_path", "names.csv", "--dropout", "3e-1"],
+    ):
+        assert call(*SMALL, *flags) == 0
+        assert f"The run in {SAVED} is finished, after 3 epochs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        (["--units", 17], "--units 16, not 17"),
+        (["--layers", 2], "--layers 1, not 2"),
+        (["--seed", 1], "--seed 0, not 1"),
+        (["--recurrent_dropout", 0.2], "--recurrent_dropout 0.0, not 0.2"),
+        (["--batch_size", 32], "--batch_size 270, not 32"),
+        (["--max_len", 9], "--max_len 8, not 9"),
+        (["--sentinel", "|"], r"--sentinel '\n', not '|'"),
+        (["--max_len", 7], "other data (--sequence_path, --num_sequences, --max_len)"),
+        (["--validation_split", 0.099], "--validation_split 0.1, not 0.099"),
+        (["--sequence_path", "other.txt"], "other data (--sequence_path, --num_sequences, "),
+        (["--sequence_path", "longer.txt"], "other data (--sequence_path, --num_sequences, "),
+        (["--init_from", "copy.h5"], "another --init_from"),
+    ],
+)
+def test_another_run_is_refused_by_what_differs(finished, refuse, flags, difference):
+    (finished / "copy.h5").write_bytes(SAVED.read_bytes())
+    names = (finished / "sequences.txt").read_text()
+    (finished / "other.txt").write_text("kk" + names[2:])
+    (finished / "longer.txt").write_text(names + "\nk" * 99)
+    told = refuse(train, *SMALL, *flags)
+    assert f"--save_path: {SAVED} was trained with {difference}" in told
+    assert "pass --overwrite" in told
+
+
+def test_what_can_not_be_continued_is_refused(finished, refuse):
+    edit_metadata(SAVED, history={"loss": [1.0, 2.0, "3"], "val_loss": [1.0, 2.0, 3.0]})
+    assert "lacks what continuing needs; pass --overwrite" in refuse(train, *SMALL)
+    for content in (b"my diary\n", b"", b"\x89HDF\r\n\x1a\n" + bytes(2000)):
+        SAVED.write_bytes(content)
+        assert re.search("is not a model that train.py saved: .*; pass --ov", refuse(train, *SMALL))
+
+
+def test_a_file_of_the_earlier_release_serves_but_for_being_continued(finished, refuse, capsys):
+    corpus = read()[1].corpus
+    text = (
+        corpus.alphabet.symbols.encode(),
+        corpus.rows[:, :-1].tobytes(),
+        corpus.complete.tobytes(),
+    )
+    digest = hashlib.sha256(b"".join(text)).hexdigest()
+    edit_metadata(SAVED, data={"sequences": 300, "sha256": digest})
+    with h5py.File(SAVED, "r+") as file:
+        file.move(model.CHECKPOINT, "training_state")
+    assert len(list(model.load(SAVED)[0].sample("k", count=3))) == 3
+    assert read("--init_from", SAVED)[0].units == 16
+    assert call(*SMALL) == 0
+    assert "is finished, after 3 epochs" in capsys.readouterr().out
+    assert "lacks what continuing needs; pass --overwrite" in refuse(train, *SMALL, "--epochs", 4)
+
+
+# Weights whose sums are more than a float32 can hold, and one that leaves the loss finite.
+@pytest.mark.parametrize(
+    ("values", "shapes"),
+    [([3e38, -3e38, 3e38], ()), pytest.param([1e31, 0], (11,), marks=pytest.mark.slow)],
+)
+def test_numbers_that_are_none_stop_with_a_line_and_keep_the_file(finished, capsys, values, shapes):
+    with h5py.File(SAVED, "r+") as file:
+        for name in sorted(file[model.CHECKPOINT], key=int):
+            array = file[model.CHECKPOINT][name]
+            if array.dtype == np.float32 and (not shapes or array.shape == shapes):
+                array[...] = np.resize(values, array.shape)
+                if shapes:
+                    break
+    before = SAVED.read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        call(*SMALL, "--epochs", 4)
+    told = capsys.readouterr().err
+    assert told.startswith("train.py: error: the loss of epoch 4 or a weight is NaN or ")
+    assert f"{SAVED} keeps the last whole epoch" in told
+    assert told.count("\n") == 1
+    assert SAVED.read_bytes() == before
+
+
+def test_a_run_leaves_the_file_alone_once_another_program_has_written_it(folder):
+    with long_run() as process:
+        while process.poll() is None:
+            SAVED.write_bytes(b"of another run")
+            time.sleep(0.01)
+        assert process.returncode == 2
+        told = f"another program has written {SAVED} since this one did; pass another --save_path"
+        assert process.stderr.read() == f"train.py: error: --save_path: {told}\n"
+    assert SAVED.read_bytes() == b"of another run"
+
+
+@pytest.mark.slow
+def test_a_pipe_that_closes_stops_the_run_with_a_line(folder):
+    with long_run() as process:
+        process.stdout.close()
+        assert process.wait(60) == 2
+        told = process.stderr.read()
+    assert told == "train.py: error: can't write the output: Broken pipe\n"
+    assert len(model.load(SAVED)[1]["history"]["loss"]) >= 1
 
 
 @pytest.mark.slow
@@ -185,324 +464,7 @@ def test_a_source_of_known_entropy_is_learned_to_within_2_percent(tmp_path):
     assert min(metadata["history"]["val_loss"]) == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.slow
-def test_a_model_of_cut_sequences_learns_no_end(tmp_path):
-    rng = np.random.default_rng(0)
-    lines = ["".join(rng.choice(list("abc"), 30)) for _ in range(500)]
-    (tmp_path / "sequences.txt").write_text("\n".join(lines))
-    flags = ["--units", 16, "--layers", 1, "--max_len", 10, "--epochs", 6]
-    process = run("train.py", *flags, cwd=tmp_path)
-    assert "Cut 500 sequences to 10 characters " in process.stdout
-    ours, _ = model.load(tmp_path / "incognito_model.h5")
-    assert predict(ours, lines[0])[:, 0].max() < 0.001
-    assert np.mean([len(text) == 10 for text in ours.sample(count=500)]) > 0.97
-
-
-def test_any_script_can_be_learned_and_invented(tmp_path):
-    names = [
-        "さくら",
-        "山田太郎",
-        "محمد",
-        "فاطمة",
-        "Zoë",
-        "Čeněk",
-        "😀👍",
-        "👩‍🚀",
-        "Doe, J",
-        "two\nlines",
-    ]
-    text = "\ufeffname,n\r\n" + "".join(f'"{name}",1\r\n\r\n' for name in names)
-    (tmp_path / "names.csv").write_bytes(text.encode())
-    command = (
-        "train.py --sequence_path names.csv --units 48 --layers 1 --sentinel | --dropout 0 "
-        "--epochs 40 --batch_size 2 --learning_rate 0.02 --validation_split 0"
-    )
-    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
-    process = run(*shlex.split(command), cwd=tmp_path, env=ascii_only)
-    assert process.returncode == 0, process.stderr
-    trained, metadata = model.load(tmp_path / "incognito_model.h5")
-    assert metadata["loader_class"] == "UserNameLoader"
-    invented = list(trained.sample(count=200))
-    assert set(invented) >= set(names)
-    assert sum(text in names for text in invented) > 150
-    process = run(
-        *shlex.split("sample.py --weights_path incognito_model.h5 --num_samples 3"),
-        cwd=tmp_path,
-        input="さ\nمح\nZo\n👩\n",
-        env=ascii_only | {"PYTHONIOENCODING": ""},
-    )
-    assert process.returncode == 0, process.stderr
-    starts = [line[:1] for line in process.stdout.split("\n")]
-    assert starts == [*"さささمممZZZ👩👩👩", ""]
-
-
-# Mistakes
-
-
-MISTAKES = {
-    "an empty number": (["--batch_size", ""], "--batch_size: '' is not a whole number from 1 to"),
-    "too many units": (["--units", "8193"], "'8193' is not a whole number from 1 to 8,192"),
-    "too large a network": (["--units", "8192", "--layers", "60"], "; lower --units or --layers"),
-    "negative epochs": (["--epochs", "-3"], "--epochs: '-3' is not a whole number from 1 to"),
-    "a NaN": (["--learning_rate", "nan"], "--learning_rate: 'nan' is not a number from"),
-    "all held out": (["--validation_split", "1"], "'1' is not a number from 0 to 0.9"),
-    "a long sentinel": (
-        ["--sentinel", "ab"],
-        "--sentinel: 'ab' is not a single character, but 2 code points: U+0061, U+0062",
-    ),
-    "a letter of several code points": (
-        ["--sentinel", "n\u0304"],
-        "is not a single character, but 2 code points: U+006E, U+0304",
-    ),
-    "no flag": (["names.txt"], "'names.txt' needs a flag before it: --sequence_path names.txt"),
-    "no flag for a model": (["a.h5"], "'a.h5' needs a flag before it: --init_from a.h5 to start "),
-    "no such flag": (["--unit=3"], "there is no flag --unit; did you mean --units?"),
-    "nobody to wait for": (
-        ["--patience", "2", "--num_sequences", "3"],
-        "--patience: 0.1 of 3 sequences leaves none to validate with; omit --patience or raise",
-    ),
-    "nothing to wait for": (
-        ["--patience", "2", "--validation_split", "0"],
-        "--patience waits for a better validation loss",
-    ),
-    "no file": (["--sequences_path", "."], "--sequence_path: can't read .: Is a directory"),
-    "a file not UTF-8": (
-        ["--sequence_path", "latin.txt"],
-        "latin.txt, line 2: byte 0xe9 is not UTF-8",
-    ),
-    "a CSV of a header": (["--sequence_path", "header.csv"], "header.csv has no data rows"),
-    "a sentinel in use": (
-        ["--sequence_path", "spaced.txt", "--sentinel", " "],
-        "spaced.txt, line 3: the sequence contains the sentinel ' ' (2 sequences do); "
-        "pass a character that none contains, such as --sentinel '~'",
-    ),
-    "a sentinel in a pipe": (
-        ["--sequence_path", "/dev/stdin", "--sentinel", " "],
-        "/dev/stdin, line 2: the sequence contains the sentinel ' '",
-    ),
-    "a path without a name": (["--save_path", "new/"], "--save_path: 'new/' is not a regular file"),
-    "the data to save to": (
-        ["--save_path", "sequences.txt", "--overwrite"],
-        "--save_path: sequences.txt is the file of --sequence_path",
-    ),
-    "a backend that can't train": ([], "KERAS_BACKEND: 'torch' is not supported; set it to "),
-}
-
-
-@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_gets_one_line_at_once_and_no_file(folder, arguments, message):
-    (folder / "latin.txt").write_bytes(b"abc\ncaf\xe9\n")
-    (folder / "header.csv").write_bytes(b"name,n\n")
-    (folder / "spaced.txt").write_bytes(b"abc\n\na b\nc|d\ne f\n")
-    before = sorted(os.listdir(folder))
-    backend = {"KERAS_BACKEND": "torch"} if "torch" in message else {}
-    process = run(
-        "train.py", *arguments, cwd=folder, input="ab\nc d\n", env={**os.environ, **backend}
-    )
-    assert_one_line_error(process, "train.py")
-    assert message in process.stderr
-    assert sorted(os.listdir(folder)) == before
-
-
-@pytest.mark.parametrize("how", ["variable", "keras.json", "damaged"])
-def test_a_backend_that_is_not_there_gets_one_line(folder, how):
-    environment = {**os.environ, "KERAS_HOME": str(folder)}
-    if how == "variable":
-        environment["KERAS_BACKEND"] = "mxnet"
-    if how == "keras.json":
-        (folder / "keras.json").write_text('{"backend": "openvino"}')
-    if how == "damaged":
-        (folder / "tensorflow").mkdir()
-        (folder / "tensorflow" / "__init__.py").write_text("raise ImportError('a library')\n")
-        environment["PYTHONPATH"] = str(folder)
-    process = run("train.py", *SMALL, cwd=folder, env=environment)
-    assert process.returncode == 2
-    assert process.stderr.startswith("train.py: error: ")
-    assert process.stderr.count("\n") == 1
-    assert "KERAS_BACKEND" in process.stderr
-    assert not (folder / "incognito_model.h5").exists()
-
-
-def test_what_is_not_learned_is_told(folder):
-    (folder / "a.csv").write_text("Ort;Land\n" + "ab" * 5000 + "\n")
-    process = run("train.py", *SMALL, "--sequence_path", "a.csv", cwd=folder)
-    assert process.returncode == 0, process.stderr
-    for told in (
-        "Skipped the header (Ort, Land) and read the first column\n",
-        "Rows that don't have as many columns as the first: 1; ",
-        "Only one sequence was found; is there one per line?",
-        "Cut 1 sequences to 64 characters (--max_len): 9,936 of 10,000 characters are left out",
-        "validation: too few distinct sequences for a --validation_split of 0.1",
-    ):
-        assert told in process.stdout
-    assert max(map(len, process.stdout.splitlines())) <= 2 * train.LINE_WIDTH
-    assert model.load(folder / "incognito_model.h5")[1]["loader_class"] == "UserNameLoader"
-
-
-def test_a_run_that_is_worse_than_guessing_says_so(folder, trained):
-    rng = np.random.default_rng(0)
-    lines = ["".join(rng.choice(list("ab"), 8)) for _ in range(30)]
-    (folder / "sequences.txt").write_text("\n".join(lines))
-    flags = ["--units", 16, "--layers", 1, "--epochs", 1, "--learning_rate", 9, "--dropout", 0]
-    process = run("train.py", *flags, cwd=folder)
-    assert re.search(r"That is worse than [\d.]+, what character frequencies", process.stdout)
-    assert "worse" not in trained[1].stdout
-
-
-@pytest.mark.parametrize("sentinel", [r"\t", r"\n", r"\0", r"\u2028", "\\"])
-def test_the_sentinel_may_be_an_escape(sentinel):
-    _, args = train.parse_arguments(["--sentinel", sentinel])
-    assert args.sentinel == {r"\t": "\t", r"\n": "\n", r"\0": "\0", r"\u2028": "\u2028"}.get(
-        sentinel, "\\"
-    )
-
-
-def test_a_log_folder_that_can_not_be_is_a_mistake(folder):
-    process = run("train.py", "--log_dir", "sequences.txt", cwd=folder)
-    assert process.returncode == 2
-    assert process.stderr.startswith("train.py: error: --log_dir: can't ")
-    assert process.stderr.endswith("sequences.txt: File exists\n")
-    assert os.listdir(folder) == ["sequences.txt"]
-
-
-def test_cheap_answers_do_not_wait_for_keras_and_help_shows_every_default(folder):
-    command = [sys.executable, "-X", "importtime", ROOT / "train.py"]
-    for arguments in (["--sequence_path", "missing"], ["--units", "0"], ["--help"]):
-        process = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=folder)
-        assert "argparse" in process.stderr
-        assert not re.search(r"\| +(keras|tensorflow|jax|wordfreq)\b", process.stderr)
-    assert process.returncode == 0
-    assert set(re.findall(r"--\w+", CONTRACT)) <= set(re.findall(r"--\w+", process.stdout))
-    assert " ".join(process.stdout.split()).count("(default: ") == 18
-    assert "examples:" in process.stdout
-
-
-# The file at --save_path
-
-
-def test_more_epochs_continue_a_finished_run_and_its_log(finished, finished_run):
-    train.import_keras()
-    import tensorflow as tf
-
-    _, before = model.load(finished / "incognito_model.h5")
-    logs = finished_run / "runs" / "1"
-    process = run("train.py", *SMALL, "--epochs", 5, "--log_dir", logs, cwd=finished)
-    assert process.stderr == ""
-    assert "Continuing incognito_model.h5 after epoch 3" in process.stdout
-    assert "Epoch 4/5" in process.stdout
-    _, after = model.load(finished / "incognito_model.h5")
-    for name, losses in before["history"].items():
-        assert after["history"][name][:3] == losses
-        assert len(after["history"][name]) == 5
-
-    with open(logs / "losses.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert [int(line["epoch"]) for line in lines] == [0, 1, 2, 3, 4]
-    for name, losses in after["history"].items():
-        assert [float(line[name]) for line in lines] == losses
-    for name, losses in {"train": "loss", "validation": "val_loss"}.items():
-        points = []
-        for path in sorted((logs / name).iterdir(), key=lambda path: path.stat().st_mtime):
-            for record in tf.data.TFRecordDataset(str(path)):
-                event = tf.compat.v1.Event.FromString(record.numpy())
-                for value in event.summary.value:
-                    if value.tag == "epoch_loss":
-                        points.append((event.step, float(tf.make_ndarray(value.tensor))))
-        steps, values = zip(*points)
-        assert steps == (0, 1, 2, 3, 4)
-        assert values == pytest.approx(after["history"][losses])
-
-
-def test_flags_that_mean_the_same_are_the_same_run(finished):
-    names = (finished / "sequences.txt").read_text(encoding="utf-8").split("\n")
-    (finished / "names.csv").write_text("name\n" + "\n".join(names), encoding="utf-8")
-    for flags in (
-        ["--max_len", 8, "--batch_size", 270, "--sentinel", "\n", "--num_sequences", 300],
-        ["--sequence_path", "names.csv", "--dropout", "3e-1"],
-    ):
-        process = run("train.py", *SMALL, *flags, cwd=finished)
-        assert process.returncode == 0, process.stderr
-        assert "The run in incognito_model.h5 is finished, after 3 epochs" in process.stdout
-
-
-@pytest.mark.parametrize(
-    ("flags", "difference"),
-    [
-        (["--units", 17], "--units 16, not 17"),
-        (["--layers", 2], "--layers 1, not 2"),
-        (["--seed", 1], "--seed 0, not 1"),
-        (["--recurrent_dropout", 0.2], "--recurrent_dropout 0.0, not 0.2"),
-        (["--batch_size", 32], "--batch_size 270, not 32"),
-        (["--max_len", 9], "--max_len 8, not 9"),
-        (["--sentinel", "|"], r"--sentinel '\n', not '|'"),
-        (["--max_len", 7], "other data (--sequence_path, --num_sequences, --max_len)"),
-        (["--validation_split", 0.099], "--validation_split 0.1, not 0.099"),
-        (["--sequence_path", "other.txt"], "other data (--sequence_path, --num_sequences, "),
-        (["--sequence_path", "longer.txt"], "other data (--sequence_path, --num_sequences, "),
-        (["--init_from", "copy.h5"], "another --init_from"),
-    ],
-)
-def test_another_run_is_refused_by_what_differs(finished, flags, difference):
-    (finished / "copy.h5").write_bytes((finished / "incognito_model.h5").read_bytes())
-    (finished / "other.txt").write_text("kk" + (finished / "sequences.txt").read_text()[2:])
-    (finished / "longer.txt").write_text((finished / "sequences.txt").read_text() + "\nk" * 99)
-    assert_refused(finished, f"was trained with {difference}", *flags)
-
-
-def test_what_can_not_be_continued_is_refused_but_read(finished):
-    path = finished / "incognito_model.h5"
-    whole = path.read_bytes()
-    for content in (b"my diary\n", b"", b"\x89HDF\r\n\x1a\n" + bytes(2000)):
-        path.write_bytes(content)
-        assert_refused(finished, "is not a model that train.py saved")
-    path.write_bytes(whole)
-    say(path, format=1)
-    assert_refused(finished, "was begun by an earlier version of train.py", "--epochs", 4)
-    process = run("train.py", *SMALL, cwd=finished)
-    assert "The run in incognito_model.h5 is finished, after 3 epochs" in process.stdout
-    process = run("sample.py", "--weights_path", path, "--prompt", "k", cwd=finished)
-    assert process.stdout.startswith("k"), process.stderr
-    with h5py.File(path, "r+") as file:
-        del file[model.TRAINING_STATE]
-    assert_refused(finished, "holds a model without the state needed to continue")
-
-
-# Weights whose sums are more than a float32 can hold, and one that leaves the loss finite.
-@pytest.mark.parametrize(
-    ("values", "shapes"),
-    [([3e38, -3e38, 3e38], ()), pytest.param([1e31, 0], (11,), marks=pytest.mark.slow)],
-)
-def test_numbers_that_are_none_stop_with_a_line_and_keep_the_file(finished, values, shapes):
-    path = finished / "incognito_model.h5"
-    with h5py.File(path, "r+") as file:
-        for name in sorted(file[model.TRAINING_STATE], key=int):
-            array = file[model.TRAINING_STATE][name]
-            if not shapes or (array.dtype == np.float32 and array.shape == shapes):
-                array[...] = np.resize(values, array.shape)
-                if shapes:
-                    break
-    before = path.read_bytes()
-    process = run("train.py", *SMALL, "--epochs", 4, cwd=finished)
-    assert process.returncode == 2
-    assert process.stderr.startswith("train.py: error: the loss of epoch 4 or a weight is NaN or ")
-    assert "incognito_model.h5 keeps the last whole epoch" in process.stderr
-    assert process.stderr.count("\n") == 1
-    assert path.read_bytes() == before
-
-
-@pytest.mark.slow
-def test_a_pipe_that_closes_stops_the_run_with_a_line(folder):
-    command = [sys.executable, ROOT / "train.py", *map(str, SMALL), "--epochs", "1000"]
-    process = subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while not process.stdout.readline().startswith("invented, "):
-        pass
-    process.stdout.close()
-    assert process.wait(60) == 2
-    expected = "train.py: error: can't write the output: Broken pipe; epochs that ended are kept\n"
-    assert process.stderr.read() == expected
-    assert len(model.load(folder / "incognito_model.h5")[1]["history"]["loss"]) >= 1
+# How it learns
 
 
 def test_the_held_out_part_is_a_share_of_the_distinct_sequences():
@@ -521,13 +483,14 @@ def test_the_held_out_part_is_a_share_of_the_distinct_sequences():
     assert len(train.split(model.build_corpus(["a", "b"]), 0.5)[1]) == 1
 
 
-# How it learns
-
-
-# Packed and, as on a GPU, one sequence in each row; each time with a stack that is filled up.
+# Packed and, as on a GPU, one sequence in each row; each time in two stacks of three batches,
+# some of which have a sequence less.
 @pytest.mark.parametrize(
     ("batch_size", "packed"),
-    [(32, True), (64, False), pytest.param(3, True, marks=pytest.mark.slow)],
+    [
+        (32, True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(64, False), (3, True)]),
+    ],
 )
 def test_it_learns_what_stock_keras_learns_from_the_same_batches(
     folder, monkeypatch, batch_size, packed
@@ -535,106 +498,116 @@ def test_it_learns_what_stock_keras_learns_from_the_same_batches(
     train.import_keras()
     import keras
 
-    flags = ["--units", 16, "--batch_size", batch_size, "--dropout", 0, "--epochs", 20]
-    flags += ["--sequence_path", folder / "sequences.txt"]
-    _, args = train.parse_arguments(list(map(str, flags)))
-    source = train.read_source(args)
-    corpus = train.read_data(args, source).corpus
-    training = np.arange(min(len(corpus), 5 * batch_size))
-    data = train.Data(corpus, training, training, None)
-    monkeypatch.setattr(train, "learns_by_hand", lambda args: packed)
-    network = train.prepare_network(args, data, source)
-    before = network.get_weights()
-    plan_stacks = train.plan_stacks
-    monkeypatch.setattr(train, "plan_stacks", lambda *how: plan_stacks(*how)._replace(depth=4))
-    stacked = train.make_data(args, data, 0, 0, 1)
-    assert stacked["steps_per_epoch"] == 2
-    told = network.fit(**stacked, epochs=1, shuffle=False, verbose=0).history
+    monkeypatch.setattr(train, "learns_by_hand", lambda *how: packed)
+    monkeypatch.setitem(train.LARGEST_STACK, "batches", 4)
+    args, data, _ = read("--units", 16, "--batch_size", batch_size, "--dropout", 0, "--epochs", 1)
+    some = np.arange(min(len(data.corpus) - 1, 5 * batch_size))
+    data = data._replace(training=some, held_out=some)
+    before = train.prepare_network(args, data, None, packed, 6).get_weights()
+    metadata = train.describe(args, data, None)
+    earlier = train.Earlier(metadata["history"], None, [], None)
+    train.fit(args, data, None, metadata, earlier, (0, 1))
 
-    characters = len(corpus.alphabet)
-    one_hot = np.eye(characters, dtype=np.float32)
+    characters = len(data.corpus.alphabet)
     lstm = [keras.layers.LSTM(16, return_sequences=True) for _ in range(2)]
     dense = keras.layers.Dense(characters, activation="softmax")
     stock = keras.Sequential([keras.Input((None, characters)), *lstm, dense])
     stock.set_weights(before)
-    steps = 20 * -(-len(training) // batch_size)
-    rate = keras.optimizers.schedules.CosineDecay(0.01, steps)
+    rate = keras.optimizers.schedules.CosineDecay(0.01, 6)
     adam = keras.optimizers.Adam(rate, global_clipnorm=1.0)
     stock.compile(adam, "sparse_categorical_crossentropy")
-    targets_per_batch = batch_size * corpus.lengths[training].mean()
-    nats = count = 0
-    for batch in train.deal(corpus.lengths, training, batch_size, seed=(0, 0)):
-        targets = np.pad(corpus.rows[batch].astype(int), [(0, 0), (0, 1)])
-        inputs = one_hot[np.pad(targets[:, :-1], [(0, 0), (1, 0)])]
-        weights = (np.arange(9) < corpus.lengths[batch, None]).astype(np.float32)
-        # Keras divides by the size of the batch.
-        weights *= weights.size / targets_per_batch
-        nats += float(stock.train_on_batch(inputs, targets, weights)) * targets_per_batch
-        count += corpus.lengths[batch].sum()
-    assert count == corpus.lengths[training].sum()
-    assert told["loss"] == pytest.approx([nats / count], rel=1e-4)
-    for ours, theirs, first in zip(network.get_weights(), stock.get_weights(), before):
+
+    def one_by_one(batches, seed):
+        for stack in batches.epoch(seed):
+            for inputs, targets, weights in zip(*(array.swapaxes(0, 1) for array in stack)):
+                # Keras divides by the number of cells.
+                yield np.eye(characters)[inputs], targets, weights * weights.size
+
+    batches = train.Batches(data.corpus, some, batch_size, 4, packed=False)
+    assert (batches.stacks, batches.depth) == (2, 3)
+    [whole] = one_by_one(train.Batches(data.corpus, some, len(some), packed=False), None)
+    learned = one_by_one(batches, (0, 0))
+    told = stock.fit(learned, steps_per_epoch=6, validation_data=whole, shuffle=False, verbose=0)
+
+    for name, losses in told.history.items():
+        assert metadata["history"][name] == pytest.approx(losses, rel=1e-4)
+    for ours, theirs, first in zip(model.load(SAVED)[0].weights, stock.get_weights(), before):
         assert np.abs(theirs - first).max() > 1e-3
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
-
-    rows = np.pad(corpus.rows[training].astype(int), [(0, 0), (1, 1)])
-    predicted = stock.predict(one_hot[rows[:, :-1]], verbose=0)
-    likelihood = np.take_along_axis(predicted, rows[:, 1:, None], axis=2)[:, :, 0]
-    counted = np.arange(9) < corpus.lengths[training, None]
-    assert told["val_loss"] == pytest.approx([-np.log(likelihood[counted]).mean()], rel=1e-4)
 
 
 @pytest.mark.slow
 def test_jax_learns_it_too():
-    command = [sys.executable, "-m", "pytest", __file__, "-m", ""]
+    command = [sys.executable, "-m", "pytest", "-n", "0", __file__, "-m", ""]
     command += ["-k", "stock_keras or old_sequences"]
-    process = subprocess.run(command, cwd=ROOT, env=JAX, capture_output=True, text=True)
+    environment = {**os.environ, "KERAS_BACKEND": "jax"}
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout
 
 
 @pytest.mark.parametrize("devices", [1, 3])
 @pytest.mark.parametrize(
-    ("batch_size", "rows", "depth", "seed"),
-    [(32, 8, 5, 3), (128, 32, 2, (0, 1)), (300, 75, 64, None), (128, 128, 9, 0), (777, 100, 1, 0)],
+    ("batch_size", "depth", "packed"),
+    [(32, 5, True), (128, 2, True), (300, 64, True), (128, 9, False), (777, 1, False)],
 )
-def test_an_epoch_takes_each_sequence_once_and_pads_little(batch_size, rows, depth, seed, devices):
+def test_an_epoch_takes_each_sequence_once_and_pads_little(batch_size, depth, packed, devices):
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abcde"), length)) for length in rng.geometric(0.1, 1000)]
     corpus = model.build_corpus(texts, max_len=20)
     chosen = rng.permutation(1000)[:777]
-    seen, batches, sizes, cells = [], 0, set(), 0
-    plan = train.Plan(batch_size, rows, depth)
-    for ids, positions in train.make_stacks(corpus, chosen, plan, seed, devices):
-        assert ids.shape == positions.shape
-        assert ids.shape[0] == -(-rows // devices) * devices
-        assert ids.shape[1] == depth
-        starts = np.count_nonzero(positions == 1, axis=(0, 2))
-        real = np.count_nonzero(starts)
-        assert starts[:real].all()  # what only fills up comes last
-        batches += real
-        sizes.update(starts[:real])
-        cells += ids[:rows, :real].size
-        for row, places in zip(ids.reshape(-1, ids.shape[2]), positions.reshape(-1, ids.shape[2])):
-            for sequence in np.split(row, np.flatnonzero(places == 1))[1:]:
-                seen.append(corpus.alphabet.decode(sequence[sequence > 0]))
-    assert batches == -(-777 // batch_size)
-    assert max(sizes) <= batch_size
-    assert len(sizes) <= 2
-    expected = [corpus.alphabet.decode(row[row > 0]) for row in corpus.rows[chosen]]
+    batches = train.Batches(corpus, chosen, batch_size, depth, packed, devices)
+    stacks = list(batches.epoch(seed=3))
+    (shape,) = {array.shape for stack in stacks for array in stack}
+    assert shape[0] % devices == 0
+    assert shape[1] <= depth
+    seen, sizes, whole = [], [], 0
+    in_batches = (zip(*(array.swapaxes(0, 1) for array in stack)) for stack in stacks)
+    for inputs, targets, weights in itertools.chain.from_iterable(in_batches):
+        real = weights > 0
+        starts = np.flatnonzero(inputs[real] == 0)
+        found = np.split(targets[real], starts)[1:]
+        for sequence, read in zip(found, np.split(inputs[real], starts)[1:]):
+            np.testing.assert_array_equal(read, [0, *sequence[:-1]])
+        seen += map(tuple, found)
+        sizes.append(len(found))
+        whole += weights.sum()
+    expected = [tuple(corpus.rows[index, : corpus.lengths[index]]) for index in chosen]
     assert sorted(seen) == sorted(expected)
-    if rows < batch_size:
-        assert cells < 1.5 * corpus.lengths[chosen].sum()
+    assert max(sizes) <= batch_size
+    assert max(sizes) - min(sizes) <= 1
+    assert len(np.unique(weights)) <= 2  # 0 and that of any target
+    assert whole / len(sizes) == pytest.approx(1)
+    if packed and devices == 1:
+        assert len(stacks) * np.prod(shape) < 1.5 * corpus.lengths[chosen].sum()
 
 
 def test_another_seed_or_epoch_is_another_order():
     corpus = model.build_corpus(["".join(pair) for pair in itertools.product("abcdefgh", repeat=2)])
+    batches = train.Batches(corpus, np.arange(64), batch_size=8, depth=2)
 
     def order(seed):
-        stacks = train.make_stacks(corpus, np.arange(64), train.Plan(8, 2, 2), seed)
-        return b"".join(ids.tobytes() for ids, _ in stacks)
+        return b"".join(inputs.tobytes() for inputs, _, _ in batches.epoch(seed))
 
     assert order((0, 1)) == order((0, 1))
     assert len({order((0, 1)), order((0, 2)), order((1, 1)), order(None)}) == 4
+
+
+def test_any_script_can_be_learned_and_invented(folder):
+    names = ["さくら", "山田太郎", "محمد", "Zoë", "Čeněk", "😀👍", "👩‍🚀", "Doe, J", "two\nlines"]
+    text = "\ufeffname,n\r\n" + "".join(f'"{name}",1\r\n\r\n' for name in names * 20)
+    (folder / "names.csv").write_bytes(text.encode())
+    command = (
+        "train.py --sequence_path names.csv --units 48 --layers 1 --sentinel | --dropout 0 "
+        "--epochs 4 --batch_size 4 --learning_rate 0.02 --validation_split 0"
+    )
+    ascii_only = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    process = run(*shlex.split(command), env=ascii_only)
+    assert process.returncode == 0, process.stderr
+    trained, metadata = model.load(SAVED)
+    assert metadata["loader_class"] == "UserNameLoader"
+    invented = list(trained.sample(count=200))
+    assert set(invented) >= set(names)
+    assert sum(text in names for text in invented) > 150
 
 
 # Starting from a model
@@ -647,10 +620,9 @@ def test_an_extended_model_gives_the_old_sequences_the_same_odds(shift):
     source.weights[-1][...] += shift
     corpus = model.build_corpus(["abé", "fac", "éab"], characters="bcdf")
     assert corpus.alphabet.symbols == "\nabcdfé"
-    arguments = ["--units", "8", "--layers", "2", "--seed", "3"]
-    _, args = train.parse_arguments(arguments)
+    args = train.make_parser().parse_args(["--units", "8", "--layers", "2", "--seed", "3"])
     data = train.Data(corpus, np.arange(3), np.arange(0), None)
-    network = train.prepare_network(args, data, source)
+    network = train.prepare_network(args, data, source, packed=True, updates=1)
     extended = SequenceModel(corpus.alphabet, 6, network.get_weights())
     known = [corpus.alphabet.symbols.index(symbol) for symbol in source.alphabet.symbols]
     for text in ("", "b", "dcfb", "ffffff"):
@@ -662,35 +634,30 @@ def test_an_extended_model_gives_the_old_sequences_the_same_odds(shift):
         assert (after > 0).all()
 
 
-def test_a_model_is_tuned_on_other_data_into_another_file(finished):
-    source = finished / "incognito_model.h5"
-    say(source, format=1)
-    before = source.read_bytes()
+def test_a_model_is_tuned_on_other_data_into_another_file(finished, refuse, capsys):
+    before = SAVED.read_bytes()
     (finished / "names.txt").write_text("Zoë Ågren\nÅsa Öberg\n" * 20, encoding="utf-8")
-    command = ["train.py", "--sequence_path", "names.txt", "--init_from", source, "--epochs", 3]
+    command = ["--sequence_path", "names.txt", "--init_from", SAVED, "--epochs", 3]
     command += ["--validation_split", 0, "--save_path", "tuned.h5"]
-    process = run(*command, cwd=finished)
-    assert process.returncode == 0, process.stderr
-    assert "incognito_model.h5, with 8 characters added" in process.stdout
-    assert "Network: 1 × LSTM(16)" in process.stdout
-    tuned, metadata = model.load(finished / "tuned.h5")
+    assert call(*command) == 0
+    told = capsys.readouterr().out
+    assert f"Starting from {SAVED}, with 8 characters added to its alphabet" in told
+    assert "Network: 1 × LSTM(16)" in told
+    tuned, metadata = model.load("tuned.h5")
     assert set(tuned.alphabet.symbols) == {*"\naeikmnostu", *"Zoë Ågren\nÅsa Öberg"}
     losses = metadata["history"]["loss"]
     assert losses[-1] < losses[0]
-    assert run(*command, cwd=finished).stdout.count("is finished, after") == 1
+    assert call(*command) == 0
+    assert "is finished, after 3 epochs" in capsys.readouterr().out
     for change, message in {
         ("--init_from", "tuned.h5", "--save_path", "new.h5", "--sentinel", "Z"): "--sentinel: ",
         ("--init_from", PRE_TRAINED / "english_words_5000.h5"): "contains the sentinel ' '",
         ("--units", 64): "--units: ",
         ("--layers", 3): "--layers: ",
-        ("--init_from", "none.h5"): "--init_from: can't read none.h5: No such file",
-        ("--init_from", "names.txt"): "--init_from: names.txt is not a model",
-        ("--save_path", source): "incognito_model.h5 is the file of --init_from",
+        ("--save_path", SAVED): f"{SAVED} is the file of --init_from",
     }.items():
-        process = run(*command, *change, cwd=finished)
-        assert_one_line_error(process, "train.py")
-        assert message in process.stderr
-    assert source.read_bytes() == before
+        assert message in refuse(train, *command, *change)
+    assert SAVED.read_bytes() == before
 
 
 # On a terminal
@@ -701,25 +668,44 @@ def test_a_model_is_tuned_on_other_data_into_another_file(finished):
     [
         (
             "Epoch 3/5000",
-            "incognito_model.h5 keeps the last whole epoch; the same command without ",
+            f"{SAVED} keeps the last whole epoch; the same command without --overwrite continues",
         ),
-        pytest.param("Learning from", "nothing new was saved.", marks=pytest.mark.slow),
+        pytest.param("Learning from", "nothing new was saved", marks=pytest.mark.slow),
     ],
 )
 def test_a_terminal_shows_a_progress_bar_and_ctrl_c_stops(finished, wait_for, told):
-    path = finished / "incognito_model.h5"
-    before = path.read_bytes()
-    child = terminal("train.py", *SMALL, "--epochs", 5000, "--overwrite", cwd=finished)
+    before = SAVED.read_bytes()
+    child = terminal("train.py", *SMALL, "--epochs", 5000, "--overwrite", term="xterm")
     child.expect_exact(wait_for)
     shown = child.before
     child.sendintr()
     last, status = finish(child)
     assert status == 130
-    assert f"\r\nStopped: {told}" in last
+    assert f"Stopped: {told}\r\n" in last
     assert not re.search(r"Traceback|oneDNN|CUDA|cuda|absl", shown + last)
     if wait_for == "Learning from":
-        assert path.read_bytes() == before
+        assert SAVED.read_bytes() == before
     else:
         assert re.search(r"1/1.* - loss: [\d.]+ - val_loss: [\d.]+\r\n", shown)
         assert len(re.findall("^invented, ", shown, re.M)) >= 2
-        assert 2 <= len(model.load(path)[1]["history"]["loss"]) < 5000
+        assert 2 <= len(model.load(SAVED)[1]["history"]["loss"]) < 5000
+
+
+@pytest.mark.parametrize(
+    ("term", "columns", "variable"),
+    [
+        ("dumb", 80, "UNUSED"),
+        pytest.param("xterm", 79, "UNUSED", marks=pytest.mark.slow),
+        pytest.param("xterm", 80, "NO_COLOR", marks=pytest.mark.slow),
+    ],
+)
+def test_a_terminal_for_which_a_bar_is_no_good_shows_a_line_an_epoch(
+    folder, monkeypatch, term, columns, variable
+):
+    monkeypatch.setenv(variable, "1")
+    child = terminal("train.py", *SMALL, "--epochs", 1, term=term, columns=columns)
+    shown, status = finish(child)
+    assert status == 0
+    line = r"\r\nEpoch 1/1 - loss: [\d.]+ - val_loss: [\d.]+ - [\d,]+ sequences/s\r\n"
+    assert re.search(line, shown)
+    assert not set("\b\x1b") & set(shown)

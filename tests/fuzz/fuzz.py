@@ -34,9 +34,10 @@ import model  # noqa: E402
 import sample  # noqa: E402
 
 SECONDS, PATIENCE, MEMORY = 30, 60, 200  # of the processor, by the clock; MiB
-SCRIPTS = ["sample.py --weights_path=input --prompt= --num_samples=3", "sample.py --score=input"]
+SCRIPTS = ["sample.py --weights_path=input.h5 --prompt= --num_samples=3"]
 TRAIN = "train.py --sequence_path={} --save_path={}"
-SCRIPTS += [TRAIN.format("good", "input"), TRAIN.format("input", "good")]
+SCRIPTS += [TRAIN.format("good.h5", "input.h5"), TRAIN.format("input.h5", "good.h5")]
+SCRIPTS += ["sample.py --score=input.h5"]
 CHECKSUM = ctypes.CDLL(h5py.h5.__file__).H5_checksum_metadata  # HDF5's, which h5py is linked to
 CHECKSUM.restype = lambda value: (value % 2**32).to_bytes(4, "little")
 WORDS = [2**15, 2**16 - 1, 2**16, 2**31, 2**32 - 1, 2**32, 2**48, 2**62, 2**63, 2**64 - 1]
@@ -60,7 +61,7 @@ def make_model(libver, alphabet="\nabcd", units=4, layers=2, max_len=6):
         for (layer, name), shape in model.weight_shapes(len(alphabet), units, layers).items():
             file[f"model_weights/{layer}/{name}"] = rng.standard_normal(shape).astype("f4")
         for index in range(12):
-            file[f"{model.TRAINING_STATE}/{index}"] = rng.random((index + 1, 3)).astype("f4")
+            file[f"{model.CHECKPOINT}/{index}"] = rng.random((index + 1, 3)).astype("f4")
     return bytes(mend(memory.getvalue(), find_checksums(memory.getvalue())))
 
 
@@ -90,7 +91,7 @@ BASES += [(ROOT / "pre_trained_models" / "user_names_10000.h5").read_bytes()]
 def models(draw):
     (memory := io.BytesIO()).write(draw(st.sampled_from(BASES)))
     names = [f"model_weights/{layer}/{name}" for layer, name in model.weight_shapes(2, 1, 2)]
-    names += [model.TRAINING_STATE + "/7", *names[-1:] * 3]  # the last bias decides on the ends
+    names += [model.CHECKPOINT + "/7", *names[-1:] * 3]  # the last bias decides on the ends
     objects, words = draw(st.sampled_from([(1, 0), (1, 0), (2, 0), (3, 0), (0, 1), (0, 3), (1, 1)]))
     with h5py.File(memory, "r+") as file:
         for _ in range(objects):
@@ -147,12 +148,13 @@ def change(draw, file, name, other):
 
 
 def read_model(path):
-    state, refusal = attempt(model.load_training_state, path)
-    yield "load_training_state", refusal
-    assert all(np.isfinite(array).all() for array in state or ()), "the state is not finite"
-    trained, refusal = attempt(lambda: model.load(path)[0])
+    found, refusal = attempt(model.load_checkpoint, path)
+    yield "load_checkpoint", refusal
+    assert not found or all(np.isfinite(array).all() for array in found[2]), "it is not finite"
+    found, refusal = attempt(model.load, path)
     yield "load", refusal
-    if trained:
+    if found:
+        trained = found[0]
         texts, symbols = list(trained.sample(count=5, seed=1)), trained.alphabet.symbols[1:]
         yield "sample", ""
         nats = [nats for _, nats, _ in sample.score(trained, texts)]
@@ -160,9 +162,9 @@ def read_model(path):
         limits = {"top_k": 5, "max_len": min(999, trained.max_len)}  # searches can take hours
         likely = list(sample.most_likely(trained, count=3, warn=str, **limits))
         yield "most_likely", ""
-        chances = [1, *(chance for chance, _ in likely), 0]
+        chances = [1, *(chance for _, chance in likely), 0]
         assert (sorted(chances)[::-1], np.isfinite(nats).all()) == (chances, True), (likely, nats)
-        texts += [text.encode().decode() for _, text in likely]  # no surrogates
+        texts += [text.encode().decode() for text, _ in likely]  # no surrogates
         used, known = ({*unicodedata.normalize("NFD", text)} for text in ("".join(texts), symbols))
         assert not used - known | {*map(len, texts)} - {*range(1, trained.max_len + 1)}, texts
 
@@ -170,7 +172,8 @@ def read_model(path):
 def read_list(path):
     for name, loader in loaders.LOADERS.items():
         texts, refusal = attempt(list, loader(path))
-        corpus, refusal = attempt(model.build_corpus, texts) if texts else (None, refusal)
+        # No text has a NUL character.
+        corpus, refusal = attempt(model.build_corpus, texts, "\0") if texts else (None, refusal)
         yield name, refusal
         for text, row in zip(texts, corpus.rows) if corpus else ():
             assert corpus.alphabet.decode(row[row > 0]) == text[:64] != "", text
@@ -179,8 +182,8 @@ def read_list(path):
 def attempt(function, *arguments):
     try:
         return function(*arguments), ""
-    except (OSError, ValueError) as error:
-        return None, str(error) or repr(error)
+    except loaders.UserError as error:  # any other error is a bug
+        return None, str(error)
 
 
 def read_alone(read, by_script):
@@ -188,7 +191,7 @@ def read_alone(read, by_script):
     warnings.simplefilter("error")
     before, clock, steps, problem = resource.getrusage(0).ru_maxrss, time.process_time(), [], ""
     try:
-        for name, refusal in read("input"):
+        for name, refusal in read("input.h5"):
             steps.append((name, refusal, -clock + (clock := time.process_time())))
             assert "\n" not in refusal, refusal
         for script, *flags in map(str.split, SCRIPTS * by_script):
@@ -198,7 +201,8 @@ def read_alone(read, by_script):
             assert re.fullmatch(wanted, done.stderr), done
     except BaseException as error:
         problem = repr(error)
-    memory = (resource.getrusage(0).ru_maxrss - before) / 2**10 - os.path.getsize("input") / 2**20
+    size = os.path.getsize("input.h5") / 2**20
+    memory = (resource.getrusage(0).ru_maxrss - before) / 2**10 - size
     pathlib.Path("result").write_text(json.dumps((steps, problem, memory)))
     os._exit(0)
 
@@ -214,7 +218,7 @@ def main():
 
     def visit(content):
         counts["inputs"] += 1
-        pathlib.Path("input").write_bytes(content)
+        pathlib.Path("input.h5").write_bytes(content)
         child = os.fork() or read_alone(read, counts["inputs"] % 100 == 99)
         steps, problem, memory = [], "crashed or hung", 0
         if os.waitpid(child, 0)[1] == 0:
@@ -235,8 +239,8 @@ def main():
         os.chdir(temporary)
         hypothesis.configuration.set_hypothesis_home_dir(temporary)
         os.mkfifo("pipe")  # nobody writes into it, so that whoever opens it hangs
-        pathlib.Path("good").write_text("abc\n")
-        list(read("good"))  # what is loaded only once belongs to no input
+        pathlib.Path("good.h5").write_text("abc\n")
+        list(read("good.h5"))  # what is loaded only once belongs to no input
         for part in range(0, args.count, 500):  # or it would remember more and more
             test = hypothesis.seed(f"{args.seed} {part}")(hypothesis.given(inputs)(visit))
             hypothesis.settings(max_examples=min(500, args.count - part), **options)(test)()
