@@ -1,3 +1,5 @@
+"""What is shipped: the models, their card and their pictures."""
+
 import io
 import re
 import subprocess
@@ -16,8 +18,8 @@ import model
 def test_a_shipped_model_is_small_and_freed_of_what_continuing_needs(stem):
     path = HERE / f"{stem}.h5"
     assert path.stat().st_size < 8_000_000
-    assert model.load_training_state(path) == []
-    trained, _ = model.load(path)
+    trained, _, checkpoint = model.load_checkpoint(path)
+    assert checkpoint == []
     assert set("".join(build.read_list(stem))) == set(trained.alphabet.symbols[1:])
     assert trained.alphabet.sentinel == ("\n" if stem == NAMES else " ")
 
@@ -81,7 +83,7 @@ def test_the_picture_of_the_card_is_drawn_from_the_words_model():
 def test_two_runs_would_ship_the_same_bytes():
     for stem in build.LISTS:
         path = HERE / f"{stem}.h5"
-        assert build.remove_training_state(path) == path.read_bytes()
+        assert build.remove_checkpoint(path) == path.read_bytes()
 
 
 def test_a_picture_shows_what_the_program_showed():

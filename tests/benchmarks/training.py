@@ -1,11 +1,11 @@
 """Times how fast train.py learns, against Keras's own fit and against PyTorch.
 
     pip install -r tests/benchmarks/requirements.txt
-    python tests/benchmarks/training.py [--against DIR] [--sizes NAME ...] [--ours]
+    python tests/benchmarks/training.py [--against DIR] [--sizes NAME ...]
 
-DIR is another checkout, whose train.py takes part in each round. NAME is one of
-small, words, names and wide, to measure only some of the networks; --ours leaves
-the peers out. Each program trains the same network on the same sequences in a
+DIR is another checkout, whose train.py takes the place of the peers and of single
+cores. NAME is one of small, words, names and wide, to measure only some of the
+networks. Each program trains the same network on the same sequences in a
 process of its own, on two cores or, where it says so, on one; a round runs all of
 them one after the other. Every figure is the median over the rounds of the median
 epoch after the first, and each ratio the median of the ratios within a round,
@@ -29,6 +29,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LISTS = ROOT / "pre_trained_models"
 CORES = 2
+ON_JAX = " on JAX"
 DROPOUT = 0.3
 # The list and the flags of train.py for each network; the other programs read them too.
 SIZES = {
@@ -173,9 +174,13 @@ def measure(count, programs):
     return rounds
 
 
-def report(rounds, ours, unit, digits=0):
-    """Prints the median of each figure, and how many times as large that of `ours` is."""
+def report(rounds, base, unit, digits=0):
+    """Prints the median of each figure, and how many times as large that of `base` is.
+
+    A figure on JAX is compared with that of `base` on JAX.
+    """
     for name in rounds[0]:
+        ours = base + ON_JAX if ON_JAX in name else base
         ratio = statistics.median(figures[ours] / figures[name] for figures in rounds)
         figure = statistics.median(figures[name] for figures in rounds)
         compared = "" if name == ours else f"; {ours}: {ratio:.2f} times that"
@@ -212,23 +217,26 @@ def main():
     parser.add_argument("--against", metavar="DIR", type=os.path.abspath)
     parser.add_argument("--sizes", choices=SIZES, nargs="+", default=SIZES)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--ours", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         write_lists(folder)
         for name in args.sizes:
             file, size = SIZES[name]
             path = os.path.join(folder, file)
-            ours = functools.partial(time_ours, ROOT, path, size)
-            programs = {"train.py": ours, "train.py, one core": functools.partial(ours, cores=1)}
-            programs["train.py on JAX"] = functools.partial(ours, backend="jax")
-            one_core = functools.partial(ours, backend="jax", cores=1)
-            programs["train.py on JAX, one core"] = one_core
-            if args.against:
-                other = functools.partial(time_ours, args.against, path, size)
-                programs[f"{args.against}/train.py"] = other
-            for peer in () if args.ours else PEERS:
-                programs[peer] = functools.partial(time_peer, peer, path, size)
+            programs = {}
+            for end, backend in ("", "tensorflow"), (ON_JAX, "jax"):
+                ours = functools.partial(time_ours, ROOT, path, size, backend=backend)
+                programs[f"train.py{end}"] = ours
+                if args.against:
+                    other = functools.partial(time_ours, args.against, path, size, backend=backend)
+                    programs[f"{args.against}/train.py{end}"] = other
+                else:
+                    programs[f"train.py{end}, one core"] = functools.partial(ours, cores=1)
+            programs |= (
+                {}
+                if args.against
+                else {peer: functools.partial(time_peer, peer, path, size) for peer in PEERS}
+            )
             print(f"{name}: {size}, {name_processor()}", flush=True)
             rounds = measure(args.rounds, programs)
             report(rounds, "train.py", "sequences/s")
@@ -237,7 +245,9 @@ def main():
         file, size = SIZES["small"]
         for place in filter(None, (ROOT, args.against)):
             command = make_command(place, os.path.join(folder, file), size)
-            programs[f"{place}/train.py"] = lambda c=command: run(*c, folder=folder)[1]
+            for end, backend in ("", "tensorflow"), (ON_JAX, "jax"):
+                whole = functools.partial(run, *command, backend=backend, folder=folder)
+                programs[f"{place}/train.py{end}"] = lambda whole=whole: whole()[1]
         print("the training command of the README's quick start, as a whole process")
         report(measure(3 * args.rounds, programs), f"{ROOT}/train.py", "s", digits=2)
 
