@@ -303,9 +303,9 @@ class Batches:
     >>> batches = Batches(corpus, np.arange(6), batch_size=3, depth=2)
     >>> [(inputs, targets, weights)] = batches.epoch()
     >>> inputs[:, 0]  # the first batch: "ccc", "bb" and "a", each after the sentinel
-    array([[0, 3, 3, 3, 0, 2, 2, 0, 1, 0]], dtype=int32)
+    array([[0, 3, 3, 3, 0, 2, 2, 0, 1, 0, 0, 0]], dtype=int32)
     >>> targets[:, 0]
-    array([[3, 3, 3, 0, 2, 2, 0, 1, 0, 0]], dtype=int32)
+    array([[3, 3, 3, 0, 2, 2, 0, 1, 0, 0, 0, 0]], dtype=int32)
     """
 
     def __init__(self, corpus, chosen, batch_size, depth=1, packed=True, devices=1):
@@ -318,7 +318,6 @@ class Batches:
         batch_size = math.ceil(len(chosen) / (self.stacks * self.depth))
         self.filled = count_rows(batch_size) if packed else batch_size
         self.rows = math.ceil(self.filled / devices) * devices
-        self.steps = 0
 
     def epoch(self, seed=None):
         """Yields the stacks of an epoch.
@@ -335,10 +334,13 @@ class Batches:
             over all batches, is the mean over all targets.
         """
         order = self.deal(seed)
-        rows, begins = self.pack(np.where(order < 0, 0, self.corpus.lengths[order]))
+        rows, begins, longest = self.pack(np.where(order < 0, 0, self.corpus.lengths[order]))
+        # Rounded up, because each new shape is compiled anew. It depends on the epoch alone, as
+        # sums are rounded a little differently in another shape.
+        steps = math.ceil(longest / 4) * 4
         for start in range(0, order.shape[1], self.depth):
             stack = slice(start, start + self.depth)
-            yield self.fill(order[:, stack], rows[:, stack], begins[:, stack])
+            yield self.fill(order[:, stack], rows[:, stack], begins[:, stack], steps)
 
     def deal(self, seed):
         """Deals the sequences out so that each batch gets long and short ones alike.
@@ -360,7 +362,8 @@ class Batches:
 
         So the rows get about equally long, and little of a batch is padding.
         Takes the lengths by sequence and batch, and returns two int arrays of that
-        shape, the row of each sequence and the step at which it begins there.
+        shape, the row of each sequence and the step at which it begins there, and
+        the length of the longest row.
         """
         batches = np.arange(lengths.shape[1])
         ends = np.zeros((len(batches), self.filled), np.int32)
@@ -369,11 +372,9 @@ class Batches:
             rows[place] = ends.argmin(axis=1)
             begins[place] = ends[batches, rows[place]]
             ends[batches, rows[place]] += lengths[place]
-        # Rounded up, and never less than before, because each new shape is compiled anew.
-        self.steps = max(self.steps, math.ceil(ends.max() / 2) * 2)
-        return rows, begins
+        return rows, begins, int(ends.max())
 
-    def fill(self, order, rows, begins):
+    def fill(self, order, rows, begins, steps):
         """Returns the arrays of a stack, given what `deal` and `pack` say of its batches."""
         place, batch = np.nonzero(order >= 0)
         lengths = self.corpus.lengths[order[place, batch]]
@@ -381,7 +382,7 @@ class Batches:
         place, batch = place.repeat(lengths), batch.repeat(lengths)
         cell = rows[place, batch], batch, begins[place, batch] + step
         texts, sequence = self.corpus.rows, order[place, batch]
-        targets = np.zeros((self.rows, self.depth, self.steps), np.int32)
+        targets = np.zeros((self.rows, self.depth, steps), np.int32)
         inputs, weights = np.zeros_like(targets), np.zeros(targets.shape, np.float32)
         targets[cell] = texts[sequence, step]
         inputs[cell] = np.where(step > 0, texts[sequence, step - 1], 0)
