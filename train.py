@@ -318,6 +318,7 @@ class Batches:
         batch_size = math.ceil(len(chosen) / (self.stacks * self.depth))
         self.filled = count_rows(batch_size) if packed else batch_size
         self.rows = math.ceil(self.filled / devices) * devices
+        self.weight = self.stacks * self.depth / corpus.lengths[chosen].sum()
 
     def epoch(self, seed=None):
         """Yields the stacks of an epoch.
@@ -386,7 +387,7 @@ class Batches:
         inputs, weights = np.zeros_like(targets), np.zeros(targets.shape, np.float32)
         targets[cell] = texts[sequence, step]
         inputs[cell] = np.where(step > 0, texts[sequence, step - 1], 0)
-        weights[cell] = self.stacks * self.depth / self.corpus.lengths[self.chosen].sum()
+        weights[cell] = self.weight
         return inputs, targets, weights
 
 
@@ -516,11 +517,12 @@ def make_network(layers, packed):
         def compute_loss(self, x, y, y_pred, sample_weight, training=True):
             return ops.sum(losses.sparse_categorical_crossentropy(y, y_pred) * sample_weight)
 
-    stack_steps = stack_steps_of_jax if keras.backend.backend() == "jax" else stack_steps_of_tf
-    return stack_steps(Network, packed)()
+    if keras.backend.backend() == "jax":
+        return stack_steps_of_jax(Network)()
+    return stack_steps_of_tf(Network, packed)()
 
 
-def stack_steps_of_jax(network_class, packed):
+def stack_steps_of_jax(network_class):
     """Makes a subclass of a `keras.Model` whose `train_step` takes a stack of batches."""
     import jax
 
