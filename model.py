@@ -21,6 +21,7 @@ import dataclasses
 import difflib
 import functools
 import io
+import itertools
 import json
 import math
 import os
@@ -41,7 +42,6 @@ from loaders import UserError, needing_packages
 
 FORMAT = 2  # of the files that `save` writes
 DEFAULT_MAX_LEN = 64  # characters kept of a sequence unless the user says otherwise
-LARGEST_CORPUS = 2**33  # bytes that the encoded sequences may take
 LARGEST_BATCH = 2048  # sequences invented at a time: more would overflow the CPU's cache
 DRAWS = 32  # random numbers that are drawn at a time for each sequence
 LIMITS = {"alphabet": 2**18, "max_len": 2**16, "units": 2**13, "layers": 2**6}  # upper limits
@@ -138,31 +138,37 @@ def code_points(text):
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Encoded sequences.
+    """Encoded sequences, one after the other.
 
     Attributes:
         alphabet: `Alphabet`.
         max_len: int, how many characters were kept of each sequence at most.
-        rows: array `(sequences, longest + 1)`, of the smallest unsigned
-            integer type that holds the alphabet: the ids of each sequence's
-            characters, followed by at least one 0, the sentinel.
-        lengths: int32 array `(sequences,)`: how many steps of each row are targets,
-            one per character and one for the end mark, which a sequence that
-            was cut does not have.
-        complete: bool array `(sequences,)`, False where the sequence was
-            longer than `max_len` and its end is missing.
+        targets: array of the smallest unsigned integer type that holds the
+            alphabet, of one dimension: the ids of each sequence's characters and
+            then 0, the end mark, which a sequence that was cut does not have.
+        starts: int64 array `(sequences,)`: where in `targets` each one begins.
+        lengths: int32 array `(sequences,)`: how many targets each one has.
         dropped: int, how many characters were cut off in all.
     """
 
     alphabet: Alphabet
     max_len: int
-    rows: np.ndarray
+    targets: np.ndarray
+    starts: np.ndarray
     lengths: np.ndarray
-    complete: np.ndarray
     dropped: int
 
     def __len__(self):
-        return len(self.rows)
+        return len(self.lengths)
+
+    def locate(self, indices):
+        """Returns where in `targets` those of some sequences are, and which step each one is.
+
+        Takes an int array of indices; returns two, the sequences one after the other.
+        """
+        lengths = self.lengths[indices]
+        steps = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+        return np.repeat(self.starts[indices], lengths) + steps, steps
 
 
 def build_corpus(sequences, sentinel="\n", max_len=None, characters=""):
@@ -182,46 +188,51 @@ def build_corpus(sequences, sentinel="\n", max_len=None, characters=""):
 
     Raises:
         ValueError: if there is no sequence, or one contains the sentinel.
-        UserError: if there are more different characters than a model can have,
-            or the rows would take more than `LARGEST_CORPUS` bytes.
+        UserError: if there are more different characters than a model can have.
 
     Example:
 
-    >>> build_corpus(["ab", "b"]).rows
-    array([[1, 2, 0],
-           [2, 0, 0]], dtype=uint8)
+    >>> build_corpus(["ab", "b"]).targets
+    array([1, 2, 0, 2, 0], dtype=uint8)
     """
-    texts = list(sequences)
-    if not any(texts):
+    most, iterator = max_len or DEFAULT_MAX_LEN, iter(sequences)
+    used = np.zeros(sys.maxunicode + 1, bool)
+    used[code_points(characters)] = True
+    blocks, sizes, ends = [], [], 0
+    # Some at a time, because a str takes many times the memory of its characters.
+    while texts := list(itertools.islice(iterator, 4096)):
+        kept = (text + sentinel if len(text) <= most else text[:most] for text in texts)
+        points = code_points("".join(kept))
+        used[points] = True
+        ends += np.count_nonzero(points == ord(sentinel))
+        blocks.append(points.astype(np.min_scalar_type(points.max())))
+        sizes.append(np.fromiter(map(len, texts), np.int64, len(texts)))
+    used[ord(sentinel)] = False
+    symbols = sentinel + "".join(map(chr, np.flatnonzero(used)))
+    if not blocks or len(symbols) == 1:
         raise ValueError("there is no sequence to encode")
-    whole = np.fromiter(map(len, texts), np.int64, len(texts))
-    max_len = max_len or min(int(whole.max()), DEFAULT_MAX_LEN)
-    complete, kept = whole <= max_len, np.minimum(whole, max_len)
-    used = set(characters)
-    for text in texts:
-        used.update(text[:max_len])
-    if sentinel in used:
+    if len(symbols) > LIMITS["alphabet"]:
+        raise UserError(
+            f"{len(symbols) - 1:,} different characters are more than the "
+            f"{LIMITS['alphabet'] - 1:,} that a model can have; is this a file of text?"
+        )
+    whole = np.concatenate(sizes)
+    if ends > np.count_nonzero(whole <= most):
         raise ValueError(f"sequences contain the sentinel, {sentinel!r}")
-    if len(used) >= LIMITS["alphabet"]:
-        raise UserError(
-            f"{len(used):,} different characters are more than the {LIMITS['alphabet'] - 1:,} "
-            "that a model can have; is this a file of text?"
-        )
-    alphabet = Alphabet(sentinel + "".join(sorted(used)))
-    shape, dtype = (len(texts), int(kept.max()) + 1), np.min_scalar_type(len(used))
-    if math.prod(shape) * dtype.itemsize > LARGEST_CORPUS:
-        raise UserError(
-            f"{shape[0]:,} sequences of up to {kept.max():,} characters take more than "
-            f"{LARGEST_CORPUS / 2**30:,.0f} GiB; take fewer, or lower max_len"
-        )
-    rows = np.zeros(shape, dtype)
-    step = max(1, 2**22 // shape[1])  # sequences at a time, to bound temporary memory
-    for start in range(0, len(texts), step):
-        block = slice(start, start + step)
-        filled = np.arange(shape[1]) < kept[block, None]
-        rows[block][filled] = alphabet.encode("".join(text[:max_len] for text in texts[block]))
-    lengths = (kept + complete).astype(np.int32)
-    return Corpus(alphabet, max_len, rows, lengths, complete, int((whole - kept).sum()))
+    lengths = (np.minimum(whole, most) + (whole <= most)).astype(np.int32)
+    ids = np.zeros(len(used), np.min_scalar_type(len(symbols) - 1))
+    ids[code_points(symbols)] = np.arange(len(symbols))
+    targets = np.empty(lengths.sum(dtype=np.int64), ids.dtype)
+    end = len(targets)
+    while blocks:
+        block = blocks.pop()
+        targets[end - len(block) : end] = ids[block]
+        end -= len(block)
+    starts = lengths.cumsum(dtype=np.int64) - lengths
+    dropped = int(np.maximum(whole - most, 0).sum())
+    return Corpus(
+        Alphabet(symbols), max_len or min(int(whole.max()), most), targets, starts, lengths, dropped
+    )
 
 
 # 2. The Keras network

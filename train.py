@@ -58,6 +58,10 @@ VALIDATION_BATCH = 256  # sequences
 # What a stack of batches holds at most. More operations would keep progress and Ctrl-C
 # waiting, more batches would not make it faster, more cells would only take memory.
 LARGEST_STACK = {"operations": 2 * 10**11, "batches": 64, "cells": 2**16}
+# Of a pass; it is divided into parts of at most so many, after each of which the run is
+# validated and saved: some minutes on two cores.
+LARGEST_PART = 3 * 10**13
+LARGEST_VALIDATION = 300_000  # characters held out unless --validation_split is given
 OPERATIONS_PER_DEVICE = 3 * 10**7  # of a batch: with fewer, dividing it gains nothing
 BACKENDS = ("tensorflow", "jax")
 
@@ -199,51 +203,75 @@ def read_data(args, source):
     path, sentinel = args.sequence_path, args.sentinel
     loader = find_loader(path, args.loader_class)(path, max_sequences=args.num_sequences)
     characters = source.alphabet.symbols[1:] if source else ""
-    sequences, clashes = [], []
-    with model.naming("--sequence_path", path):
+    clashes = []
+
+    def without_sentinel():
         for sequence in loader:
-            sequences.append(sequence)
             if sentinel in sequence:
                 clashes.append(loader.line)
+                sequence = sequence.replace(sentinel, "")
+            yield sequence
+
+    with model.naming("--sequence_path", path):
+        corpus = model.build_corpus(without_sentinel(), sentinel, args.max_len, characters)
         if clashes:
-            used = set(characters).union(*sequences)
             candidates = itertools.chain(" |~^_", map(chr, range(33, 0x110000)))
+            used = corpus.alphabet.symbols
             free = next(s for s in candidates if s not in used and model.printable(s) == s)
             raise UserError(
                 f"{path}, line {clashes[0]}: the sequence contains the sentinel {sentinel!r} "
                 f"({len(clashes):,} sequences do); pass a character that none contains, such as "
                 f"--sentinel {shlex.quote(free)}"
             )
-        corpus = model.build_corpus(sequences, sentinel, args.max_len, characters)
     return Data(corpus, *split(corpus, args.validation_split), loader)
 
 
 def split(corpus, fraction):
     """Returns the indices of the sequences to learn and of those held out, two int32 arrays.
 
-    A fraction of the distinct ones is held out; equal ones go to the same side, and
-    the first array is never empty. The choice is random but always the same, so
-    that runs with different seeds compare.
+    The second has this fraction of all, or a little less, since equal ones go to
+    the same side. The choice is random but always the same, so that runs with
+    different seeds compare.
     """
-    distinct, kinds = np.unique(as_bytes(corpus.rows), return_inverse=True)
-    count = min(round(fraction * len(distinct)), len(distinct) - 1)
-    chosen = np.random.default_rng(0).permutation(len(distinct))[:count]
-    held_out = np.isin(kinds, chosen)
-    indices = np.arange(len(kinds), dtype=np.int32)
-    return indices[~held_out], indices[held_out]
+    hashes, most = hash_sequences(corpus), round(fraction * len(corpus))
+    # Of these some are chosen, but never all of the data.
+    limit = np.partition(hashes, min(4 * most, len(hashes) - 1))[min(4 * most, len(hashes) - 1)]
+    kinds, counts = np.unique(hashes[hashes < limit], return_counts=True)
+    # What occurs often is held out less likely: a model never invents what it did not learn.
+    order = np.argsort(kinds.astype(float) * counts)
+    chosen = np.sort(kinds[order[counts[order].cumsum() <= most]])
+    held_out = np.append(chosen, 0)[np.searchsorted(chosen, hashes)] == hashes
+    return tuple(np.flatnonzero(side).astype(np.int32) for side in (~held_out, held_out))
 
 
-def as_bytes(rows):
-    """Returns a view of each row as one value, which NumPy sorts and compares much faster."""
-    return rows.view(f"V{rows[0].nbytes}").ravel()
+def hash_sequences(corpus):
+    """Returns a hash of each sequence, a uint64 array."""
+    rng = np.random.default_rng(0)
+    of_id, of_step = (
+        rng.integers(2**64, size=size, dtype=np.uint64)
+        for size in (len(corpus.alphabet), corpus.max_len + 1)
+    )
+    hashes = np.empty(len(corpus), np.uint64)
+    for indices in in_blocks(np.arange(len(corpus))):
+        places, steps = corpus.locate(indices)
+        hashes[indices] = np.add.reduceat(
+            of_id[corpus.targets[places]] * of_step[steps], np.flatnonzero(steps == 0)
+        )
+    return hashes
+
+
+def in_blocks(indices):
+    """Yields the parts of an array of indices, to bound temporary memory."""
+    for start in range(0, len(indices), 2**16):
+        yield indices[start : start + 2**16]
 
 
 def count_characters(corpus, indices):
     """Counts the targets of sequences, an int array of indices: returns an array by id."""
-    counts = sum(
-        np.bincount(column[indices], minlength=len(corpus.alphabet)) for column in corpus.rows.T
-    )
-    counts[0] = np.count_nonzero(corpus.complete[indices])  # the padding is no target
+    counts = np.zeros(len(corpus.alphabet), int)
+    for block in in_blocks(indices):
+        targets = corpus.targets[corpus.locate(block)[0]]
+        counts += np.bincount(targets, minlength=len(counts))
     return counts
 
 
@@ -289,6 +317,7 @@ class Batches:
         chosen: int array, the indices of the sequences to take.
         batch_size: int, sequences of a batch at most.
         depth: int, batches of a stack at most.
+        parts: int, how many epochs take all sequences together, each its share.
         packed: bool, whether a row holds several sequences, one after the other.
         devices: int, the number of rows is rounded up to a multiple of this.
 
@@ -308,24 +337,26 @@ class Batches:
     array([[3, 3, 3, 0, 2, 2, 0, 1, 0, 0, 0, 0]], dtype=int32)
     """
 
-    def __init__(self, corpus, chosen, batch_size, depth=1, packed=True, devices=1):
-        self.corpus, self.chosen = corpus, chosen
-        count = math.ceil(len(chosen) / batch_size)
+    def __init__(self, corpus, chosen, batch_size, depth=1, parts=1, packed=True, devices=1):
+        self.corpus, self.chosen, self.parts = corpus, chosen, parts
+        size = math.ceil(len(chosen) / parts)
+        count = math.ceil(size / batch_size)
         # Sequences are dealt to as many batches as fill whole stacks, so that one shape is
         # all there is to compile. Some then have a sequence less than others.
         self.stacks = math.ceil(count / depth)
         self.depth = math.ceil(count / self.stacks)
-        batch_size = math.ceil(len(chosen) / (self.stacks * self.depth))
+        batch_size = math.ceil(size / (self.stacks * self.depth))
         self.filled = count_rows(batch_size) if packed else batch_size
         self.rows = math.ceil(self.filled / devices) * devices
-        self.weight = self.stacks * self.depth / corpus.lengths[chosen].sum()
 
-    def epoch(self, seed=None):
+    def epoch(self, seed=None, part=0):
         """Yields the stacks of an epoch.
 
         Args:
             seed: what `numpy.random.default_rng` takes, to shuffle the sequences;
                 None groups them the same way each time.
+            part: int, which share of them to take. Those with one seed have no
+                sequence in common.
 
         Yields:
             Tuple `(inputs, targets, weights)` of arrays `(rows, depth, steps)`, two
@@ -334,16 +365,18 @@ class Batches:
             there is no target, and else such that the sum over a batch, averaged
             over all batches, is the mean over all targets.
         """
-        order = self.deal(seed)
-        rows, begins, longest = self.pack(np.where(order < 0, 0, self.corpus.lengths[order]))
+        order = self.deal(seed, part)
+        lengths = np.where(order < 0, 0, self.corpus.lengths[order])
+        weight = self.stacks * self.depth / lengths.sum()
+        rows, begins, longest = self.pack(lengths)
         # Rounded up, because each new shape is compiled anew. It depends on the epoch alone, as
         # sums are rounded a little differently in another shape.
         steps = math.ceil(longest / 4) * 4
         for start in range(0, order.shape[1], self.depth):
             stack = slice(start, start + self.depth)
-            yield self.fill(order[:, stack], rows[:, stack], begins[:, stack], steps)
+            yield self.fill(order[:, stack], rows[:, stack], begins[:, stack], steps, weight)
 
-    def deal(self, seed):
+    def deal(self, seed, part):
         """Deals the sequences out so that each batch gets long and short ones alike.
 
         It gets one of the shortest, one of the next shortest, and so on, which one
@@ -353,6 +386,7 @@ class Batches:
         """
         rng = np.random.default_rng(seed)
         order = self.chosen if seed is None else rng.permutation(self.chosen)
+        order = order[part :: self.parts]
         order = order[np.argsort(self.corpus.lengths[order], kind="stable")]
         batches = self.stacks * self.depth
         order = np.pad(order, (-len(order) % batches, 0), constant_values=-1).reshape(-1, batches)
@@ -375,19 +409,18 @@ class Batches:
             ends[batches, rows[place]] += lengths[place]
         return rows, begins, int(ends.max())
 
-    def fill(self, order, rows, begins, steps):
+    def fill(self, order, rows, begins, steps, weight):
         """Returns the arrays of a stack, given what `deal` and `pack` say of its batches."""
         place, batch = np.nonzero(order >= 0)
-        lengths = self.corpus.lengths[order[place, batch]]
-        step = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
-        place, batch = place.repeat(lengths), batch.repeat(lengths)
+        sequence, corpus = order[place, batch], self.corpus
+        found, step = corpus.locate(sequence)
+        place, batch = (each.repeat(corpus.lengths[sequence]) for each in (place, batch))
         cell = rows[place, batch], batch, begins[place, batch] + step
-        texts, sequence = self.corpus.rows, order[place, batch]
         targets = np.zeros((self.rows, self.depth, steps), np.int32)
         inputs, weights = np.zeros_like(targets), np.zeros(targets.shape, np.float32)
-        targets[cell] = texts[sequence, step]
-        inputs[cell] = np.where(step > 0, texts[sequence, step - 1], 0)
-        weights[cell] = self.weight
+        targets[cell] = corpus.targets[found]
+        inputs[cell] = np.where(step > 0, corpus.targets[found - 1], 0)
+        weights[cell] = weight
         return inputs, targets, weights
 
 
@@ -401,6 +434,41 @@ def choose_depth(corpus, batch_size, operations):
     cells = batch_size * math.ceil(corpus.lengths.mean())
     sizes = {"operations": operations, "batches": 1, "cells": cells}
     return max(1, min(LARGEST_STACK[name] // size for name, size in sizes.items()))
+
+
+class Schedule(typing.NamedTuple):
+    """How long to train. An epoch, to `fit` and in the history, is a part of a pass.
+
+    Attributes:
+        passes: int, how often all sequences are learned, as `--epochs` says.
+        parts: int, into how many equal parts a pass is divided.
+        patience: int or None, after how many passes without a better one to stop.
+    """
+
+    passes: int
+    parts: int
+    patience: int | None
+
+    @property
+    def epochs(self):
+        """How many parts there are in all, an int."""
+        return self.passes * self.parts
+
+    def is_finished(self, history):
+        """Returns whether a run with these losses so far has nothing left to do."""
+        waited = epochs_since_best(history)
+        out_of_patience = self.patience is not None and waited >= self.patience * self.parts
+        return out_of_patience or len(history["loss"]) >= self.epochs
+
+    def name(self, epoch):
+        """Returns how to call an epoch of `fit`, from 0, a str."""
+        number, part = divmod(epoch, self.parts)
+        name = f"Epoch {number + 1}/{self.passes}"
+        return name if self.parts == 1 else f"{name}, part {part + 1}/{self.parts}"
+
+    def count(self, epochs):
+        """Returns how many passes so many epochs of `fit` are, a str."""
+        return f"{epochs / self.parts:.6g}"
 
 
 # The network
@@ -633,8 +701,7 @@ class Earlier(typing.NamedTuple):
 def describe(args, data, source):
     """Returns the metadata of a run that has not begun: a dict for `model.save`."""
     corpus = data.corpus
-    rows = np.ascontiguousarray(corpus.rows[:, :-1])  # without the column that is 0 for all
-    fingerprint = hash_bytes(corpus.alphabet.symbols.encode(), rows, corpus.complete)
+    fingerprint = hash_bytes(corpus.alphabet.symbols.encode(), corpus.targets, corpus.lengths)
     return {
         "alphabet": corpus.alphabet.symbols,
         "max_len": corpus.max_len,
@@ -660,7 +727,7 @@ def identify(metadata):
     }
 
 
-def read_earlier_run(path, metadata, validated, epochs, patience):
+def read_earlier_run(path, metadata, validated, schedule):
     """Returns the losses, the best weights and the checkpoint of the run at `--save_path`.
 
     Raises a `UserError` if it isn't the run that this one's `metadata` describes: what
@@ -685,9 +752,7 @@ def read_earlier_run(path, metadata, validated, epochs, patience):
             ways_out += f", with --init_from {path} to learn from what it knows"
         raise UserError(f"--save_path: {path} was trained with {difference}; {ways_out}")
     history = found.get("history")
-    if not is_history(history, validated) or not (
-        checkpoint or is_finished(history, epochs, patience)
-    ):
+    if not is_history(history, validated) or not (checkpoint or schedule.is_finished(history)):
         raise UserError(f"--save_path: {path} lacks what continuing needs; {ways_out}")
     return history, best.weights, checkpoint
 
@@ -705,12 +770,6 @@ def epochs_since_best(history):
     """Returns how many epochs ago the best validation loss was, 0 if there is none."""
     losses = history["val_loss"]
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
-
-
-def is_finished(history, epochs, patience):
-    """Returns whether a run with these losses so far has nothing left to do."""
-    out_of_patience = patience is not None and epochs_since_best(history) >= patience
-    return out_of_patience or len(history["loss"]) >= epochs
 
 
 # Several cores, devices and hosts
@@ -800,19 +859,17 @@ def broadcast(value):
     return json.loads(bytes(broadcast_one_to_all(np.resize(text, size))))
 
 
-def find_earlier_run(args, metadata, group, validated):
+def find_earlier_run(path, overwrite, metadata, group, validated, schedule):
     """Returns the run to continue, or a beginning: `Earlier`.
 
     Of a group, process 0 reads the file; if it refuses that, all stop.
     """
     (rank, processes), refusal = group, None
-    found = stamp(args.save_path)
+    found = stamp(path)
     history, weights, checkpoint = metadata["history"], None, []
-    if rank == 0 and found and not args.overwrite:
+    if rank == 0 and found and not overwrite:
         try:
-            history, weights, checkpoint = read_earlier_run(
-                args.save_path, metadata, validated, args.epochs, args.patience
-            )
+            history, weights, checkpoint = read_earlier_run(path, metadata, validated, schedule)
         except UserError as error:
             refusal = str(error)
     if processes > 1:
@@ -852,12 +909,13 @@ def set_variables(variables, values, path, distributed):
         variable.assign(value)  # which all processes of a group must do together
 
 
-def stream(batches, seeds, group):
-    """Yields the stacks of an epoch for each of the seeds: the rows that this process takes."""
+def stream(batches, group, seed=None, first=0):
+    """Yields the stacks of all epochs from the `first` on: the rows that this process takes."""
     rank, processes = group
     size = batches.rows // processes
-    for seed in seeds:
-        for stack in batches.epoch(seed):
+    for epoch in itertools.count(first):
+        number, part = divmod(epoch, batches.parts)
+        for stack in batches.epoch(None if seed is None else (seed, number), part):
             yield tuple(array[rank * size : (rank + 1) * size] for array in stack)
 
 
@@ -879,9 +937,15 @@ def as_data(arrays):
     return data.with_options(options)
 
 
-def make_callbacks(saver, teller, log_dir, history):
+def make_callbacks(saver, teller, log_dir, history, schedule):
     """Returns the Keras callbacks, a list, in the order in which they must run."""
     from keras.callbacks import LambdaCallback, ProgbarLogger, TensorBoard, TerminateOnNaN
+
+    class Bar(ProgbarLogger):
+        def on_epoch_begin(self, epoch, logs=None):
+            say(schedule.name(epoch))
+            self.epochs = 1  # so that it does not say that itself, without the part
+            super().on_epoch_begin(epoch, logs)
 
     callbacks = [TerminateOnNaN(), saver]
     if log_dir is not None:
@@ -891,11 +955,13 @@ def make_callbacks(saver, teller, log_dir, history):
             for part in ("train", "validation"):
                 for old in pathlib.Path(log_dir, part).glob("events.out.tfevents.*"):
                     old.unlink()
-        log = LambdaCallback(on_epoch_end=lambda epoch, logs: write_losses(log_dir, history))
+        log = LambdaCallback(
+            on_epoch_end=lambda epoch, logs: write_losses(log_dir, history, schedule)
+        )
         import_tensorflow()
         callbacks += [log, TensorBoard(log_dir, write_graph=False)]
     # The bar must end before anything else is printed.
-    return [*callbacks, *([ProgbarLogger()] if shows_bar() else []), teller]
+    return [*callbacks, *([Bar()] if shows_bar() else []), teller]
 
 
 def shows_bar():
@@ -904,17 +970,17 @@ def shows_bar():
     return sys.stdout.isatty() and not plain and shutil.get_terminal_size().columns >= 80
 
 
-def write_losses(folder, history):
+def write_losses(folder, history, schedule):
     """Writes losses.csv anew, so that it holds whatever epoch the model's file holds."""
     columns = {name: losses for name, losses in history.items() if losses}
-    epochs = range(1, len(history["loss"]) + 1)
+    epochs = (schedule.count(number) for number in range(1, len(history["loss"]) + 1))
     rows = [("epoch", *columns), *zip(epochs, *columns.values())]
     path = os.path.join(folder, "losses.csv")
     with model.naming("--log_dir", folder, "write"), model.replacing(path) as file:
         file.writelines(f"{','.join(map(str, row))}\n".encode() for row in rows)
 
 
-def make_saver(path, metadata, earlier, patience, leads):
+def make_saver(path, metadata, earlier, schedule, leads):
     """Makes the callback that saves, and stops a run that diverged or has no patience left.
 
     `earlier` is what there is at `path`, and `leads` tells whether this process of a
@@ -938,7 +1004,7 @@ def make_saver(path, metadata, earlier, patience, leads):
             ):
                 rate = metadata["settings"]["learning_rate"]
                 raise UserError(
-                    f"the loss of epoch {epoch + 1} or a weight is NaN or too large; "
+                    f"{schedule.name(epoch)}: the loss or a weight is NaN or too large; "
                     f"{explain_kept(path, history)}; try a --learning_rate below {rate}, in "
                     "another --save_path or with --overwrite"
                 )
@@ -949,7 +1015,7 @@ def make_saver(path, metadata, earlier, patience, leads):
                 if leads:
                     self.save({**metadata, "history": {**history, **grown}}, checkpoint)
                 history.update(grown)
-            self.model.stop_training = is_finished(history, metadata["epochs"], patience)
+            self.model.stop_training = schedule.is_finished(history)
 
         def save(self, metadata, checkpoint):
             if stamp(path) not in (None, self.written):
@@ -964,7 +1030,7 @@ def make_saver(path, metadata, earlier, patience, leads):
     return Saver()
 
 
-def make_teller(data, epochs, seed):
+def make_teller(data, schedule, seed):
     """Makes the callback that says how an epoch went and what the network invents now."""
     from keras.callbacks import Callback
 
@@ -980,11 +1046,11 @@ def make_teller(data, epochs, seed):
             self.seconds = time.perf_counter() - self.start  # without validation and saving
 
         def on_epoch_end(self, epoch, logs):
-            self.speeds.append(len(data.training) / self.seconds)
+            self.speeds.append(len(data.training) / schedule.parts / self.seconds)
             if not shows_bar():  # which has shown this
                 losses = " - ".join(f"{name}: {loss:.4f}" for name, loss in logs.items())
                 speed = f"{self.speeds[-1]:,.0f} sequences/s"
-                say(f"Epoch {epoch + 1}/{epochs} - {losses} - {speed}")
+                say(f"{schedule.name(epoch)} - {losses} - {speed}")
             corpus = data.corpus
             current = SequenceModel(corpus.alphabet, corpus.max_len, self.model.get_weights())
             show_invented(current, data, (seed, epoch))
@@ -1005,16 +1071,20 @@ def show_invented(trained, data, seed):
 
 def find_place(data, text):
     """Returns where in `Data` a text occurs, a str: "learned", "held out" or, if not, "new"."""
-    row = np.zeros_like(data.corpus.rows[:1])
-    with contextlib.suppress(ValueError):  # the text is longer, or has other characters
-        row[0, : len(text)] = data.corpus.alphabet.encode(text)
-    places = np.flatnonzero(as_bytes(data.corpus.rows) == as_bytes(row))
+    corpus = data.corpus
+    try:
+        ids = [*corpus.alphabet.encode(text), 0]
+    except UserError:  # it is composed
+        return "new"
+    places = np.flatnonzero(corpus.lengths == len(ids))
+    for step, index in enumerate(ids):
+        places = places[corpus.targets[corpus.starts[places] + step] == index]
     if not len(places):
         return "new"
     return "held out" if np.isin(places[0], data.held_out) else "learned"
 
 
-def fit(args, data, source, metadata, earlier, group):
+def fit(args, data, source, metadata, earlier, group, schedule):
     """Trains: builds the network, sets it to an earlier run's variables and calls Keras's `fit`.
 
     Returns the sequences per second of the median epoch, a float, without the first, in
@@ -1031,8 +1101,9 @@ def fit(args, data, source, metadata, earlier, group):
     devices = len(keras.distribution.list_devices()) if divided else 1
     packed = learns_by_hand(args.recurrent_dropout, args.distribute)
     depth = choose_depth(corpus, args.batch_size, operations)
-    learned = Batches(corpus, data.training, args.batch_size, depth, packed, devices)
-    updates = args.epochs * learned.stacks * learned.depth
+    size, parts = args.batch_size, schedule.parts
+    learned = Batches(corpus, data.training, size, depth, parts, packed, devices)
+    updates = schedule.epochs * learned.stacks * learned.depth
     network = prepare_network(args, data, source, packed, updates)
     variables = network.variables + network.optimizer.variables
     if earlier.checkpoint or args.distribute:
@@ -1042,20 +1113,19 @@ def fit(args, data, source, metadata, earlier, group):
     if len(data.held_out):
         size = min(VALIDATION_BATCH, len(data.held_out))
         held_out = Batches(corpus, data.held_out, size, packed=False, devices=devices)
-        stacks = stream(held_out, itertools.repeat(None), group)
-        single = (tuple(array[:, 0] for array in stack) for stack in stacks)
+        single = (tuple(array[:, 0] for array in stack) for stack in stream(held_out, group))
         validation = {"validation_data": as_data(single), "validation_steps": held_out.stacks}
-    saver = make_saver(args.save_path, metadata, earlier, args.patience, leads)
-    teller = make_teller(data, args.epochs, args.seed)
+    saver = make_saver(args.save_path, metadata, earlier, schedule, leads)
+    teller = make_teller(data, schedule, args.seed)
+    log_dir = args.log_dir if leads else None
     # The data are endless; the numbers of steps say where an epoch ends.
-    seeds = ((args.seed, epoch) for epoch in itertools.count(done))
     network.fit(
-        as_data(stream(learned, seeds, group)),
+        as_data(stream(learned, group, args.seed, done)),
         steps_per_epoch=learned.stacks,
         **validation,
         initial_epoch=done,
-        epochs=args.epochs,
-        callbacks=make_callbacks(saver, teller, args.log_dir if leads else None, earlier.history),
+        epochs=schedule.epochs,
+        callbacks=make_callbacks(saver, teller, log_dir, earlier.history, schedule),
         verbose=1 if shows_bar() else 0,
         shuffle=False,
     )
@@ -1077,20 +1147,25 @@ def run(args):
     metadata, group = describe(args, data, source), (0, 1)
     if args.distribute:
         group = join_group(metadata, args.patience)
-    earlier = find_earlier_run(args, metadata, group, len(data.held_out) > 0)
+    operations = count_operations(data.corpus, args.units, args.layers) * len(data.training)
+    parts = math.ceil(operations / LARGEST_PART)
+    schedule = Schedule(args.epochs, parts, args.patience)
+    validated = len(data.held_out) > 0
+    earlier = find_earlier_run(args.save_path, args.overwrite, metadata, group, validated, schedule)
     history = earlier.history
     tell_what_was_read(args, data, source)
     done, speed = len(history["loss"]), None
     if args.log_dir is not None and done and group[0] == 0:
-        write_losses(args.log_dir, history)
-    if is_finished(history, args.epochs, args.patience):
-        flag = "--epochs" if done >= args.epochs else "--patience"
-        say(f"The run in {args.save_path} is finished, after {done} epochs; raise {flag} to go on")
+        write_losses(args.log_dir, history, schedule)
+    if schedule.is_finished(history):
+        flag = "--epochs" if done >= schedule.epochs else "--patience"
+        epochs = f"{schedule.count(done)} epochs"
+        say(f"The run in {args.save_path} is finished, after {epochs}; raise {flag} to go on")
     else:
         if done:
-            say(f"Continuing {args.save_path} after epoch {done}")
+            say(f"Continuing {args.save_path} after epoch {schedule.count(done)}")
         try:
-            speed = fit(args, data, source, metadata, earlier, group)
+            speed = fit(args, data, source, metadata, earlier, group, schedule)
         except KeyboardInterrupt as stop:
             kept = explain_kept(args.save_path, history)
             if history["loss"]:
@@ -1103,7 +1178,7 @@ def run(args):
             if re.search("resource_?exhausted", f"{type(error).__name__} {error}", re.IGNORECASE):
                 raise MemoryError from None
             raise
-    tell_what_was_learned(args.save_path, data, history, speed)
+    tell_what_was_learned(args.save_path, history, schedule, speed)
     return 0
 
 
@@ -1117,8 +1192,10 @@ def tell_what_was_read(args, data, source):
             f"Rows that don't have as many columns as the first: {loader.uneven:,}; if a comma is "
             "part of a sequence, quote it, or pass --loader_class SequenceLoader"
         )
+    characters = np.count_nonzero(corpus.targets)
+    cut = len(corpus) - (len(corpus.targets) - characters)  # which have no end mark
     say(
-        f"Read {len(corpus):,} sequences, {np.count_nonzero(corpus.rows):,} characters, "
+        f"Read {len(corpus):,} sequences, {characters:,} characters, "
         f"an alphabet of {len(corpus.alphabet) - 1:,}, from {args.sequence_path}"
     )
     if loader.advice:
@@ -1128,21 +1205,20 @@ def tell_what_was_read(args, data, source):
     if source:
         added = len(corpus.alphabet) - len(source.alphabet)
         say(f"Starting from {args.init_from}, with {added:,} characters added to its alphabet")
-    if corpus.dropped:
-        whole = corpus.dropped + np.count_nonzero(corpus.rows)
+    if cut:
         say(
-            f"Cut {np.count_nonzero(~corpus.complete):,} sequences to {corpus.max_len} characters "
-            f"(--max_len): {corpus.dropped:,} of {whole:,} characters are left out"
+            f"Cut {cut:,} sequences to {corpus.max_len} characters (--max_len): "
+            f"{corpus.dropped:,} of {characters + corpus.dropped:,} characters are left out"
         )
     held_out = len(data.held_out)
     why = ""
     if args.validation_split and not held_out:
-        why = f": too few distinct sequences for a --validation_split of {args.validation_split}"
+        why = f": too few distinct sequences for a --validation_split of {args.validation_split:g}"
     count = len(data.training)
     say(f"Learning from {count:,} sequences, holding out {held_out:,} for validation{why}")
 
 
-def tell_what_was_learned(path, data, history, speed):
+def tell_what_was_learned(path, history, schedule, speed):
     """Prints a table of what the file holds, and how to go on.
 
     `speed` is in sequences per second, None if it is not known.
@@ -1151,7 +1227,7 @@ def tell_what_was_learned(path, data, history, speed):
     best = epochs - 1 - epochs_since_best(history)
     table = {"saved in": path}
     if history["val_loss"]:
-        table["best epoch"] = f"{best + 1} of {epochs}"
+        table["best epoch"] = f"{schedule.count(best + 1)} of {schedule.count(epochs)}"
     for name, losses in ("loss", history["loss"]), ("validation loss", history["val_loss"]):
         if losses:
             perplexity = f"perplexity {model.perplexity(losses[best]):.4g}"
@@ -1160,22 +1236,7 @@ def tell_what_was_learned(path, data, history, speed):
         table["speed"] = f"{speed:,.0f} sequences/s"
     for name, value in table.items():
         say(f"{name:17}{value}")
-    loss, guess = (history["val_loss"] or history["loss"])[best], loss_of_frequencies(data)
-    if loss > guess:
-        say(
-            f"That is worse than {guess:.4f}, what character frequencies alone would give; "
-            "try a lower --learning_rate, more --epochs or more sequences"
-        )
     say(f"Sample from it:  python sample.py --weights_path {shlex.quote(path)}")
-
-
-def loss_of_frequencies(data):
-    """Returns the loss, a float, of a model that knows only how frequent each character is."""
-    frequencies = count_characters(data.corpus, data.training) + 0.5
-    frequencies /= frequencies.sum()
-    indices = data.held_out if len(data.held_out) else data.training
-    counts = count_characters(data.corpus, indices)
-    return float(-(counts @ np.log(frequencies)) / counts.sum())
 
 
 def say(text):
