@@ -317,9 +317,9 @@ class Batches:
         chosen: int array, the indices of the sequences to take.
         batch_size: int, sequences of a batch at most.
         depth: int, batches of a stack at most.
-        parts: int, how many epochs take all sequences together, each its share.
         packed: bool, whether a row holds several sequences, one after the other.
         devices: int, the number of rows is rounded up to a multiple of this.
+        parts: int, how many epochs take all sequences together, each its share.
 
     Attributes:
         stacks: int, how many an epoch has.
@@ -337,7 +337,7 @@ class Batches:
     array([[3, 3, 3, 0, 2, 2, 0, 1, 0, 0, 0, 0]], dtype=int32)
     """
 
-    def __init__(self, corpus, chosen, batch_size, depth=1, parts=1, packed=True, devices=1):
+    def __init__(self, corpus, chosen, batch_size, depth=1, packed=True, devices=1, parts=1):
         self.corpus, self.chosen, self.parts = corpus, chosen, parts
         size = math.ceil(len(chosen) / parts)
         count = math.ceil(size / batch_size)
@@ -636,7 +636,7 @@ def prepare_network(args, data, source, packed, updates):
     layers = model.build_layers(*size, *shares, args.seed, by_hand=packed)
     network = make_network(layers, packed)
     rate = keras.optimizers.schedules.CosineDecay(args.learning_rate, updates)
-    adam = keras.optimizers.Adam(rate, global_clipnorm=1.0)
+    adam = keras.optimizers.Adam(rate, global_clipnorm=1.0, use_ema=True, ema_momentum=0.99)
     network.compile(adam, jit_compile=backend == "jax")
     adam.build(network.trainable_variables)
     network.set_weights(initial_weights(network.get_weights(), data, source))
@@ -939,15 +939,15 @@ def as_data(arrays):
 
 def make_callbacks(saver, teller, log_dir, history, schedule):
     """Returns the Keras callbacks, a list, in the order in which they must run."""
-    from keras.callbacks import LambdaCallback, ProgbarLogger, TensorBoard, TerminateOnNaN
+    from keras import callbacks
 
-    class Bar(ProgbarLogger):
+    class Bar(callbacks.ProgbarLogger):
         def on_epoch_begin(self, epoch, logs=None):
             say(schedule.name(epoch))
             self.epochs = 1  # so that it does not say that itself, without the part
             super().on_epoch_begin(epoch, logs)
 
-    callbacks = [TerminateOnNaN(), saver]
+    made = [callbacks.SwapEMAWeights(), callbacks.TerminateOnNaN(), saver]
     if log_dir is not None:
         with model.naming("--log_dir", log_dir, "write"):
             os.makedirs(log_dir, exist_ok=True)
@@ -955,13 +955,13 @@ def make_callbacks(saver, teller, log_dir, history, schedule):
             for part in ("train", "validation"):
                 for old in pathlib.Path(log_dir, part).glob("events.out.tfevents.*"):
                     old.unlink()
-        log = LambdaCallback(
+        log = callbacks.LambdaCallback(
             on_epoch_end=lambda epoch, logs: write_losses(log_dir, history, schedule)
         )
         import_tensorflow()
-        callbacks += [log, TensorBoard(log_dir, write_graph=False)]
+        made += [log, callbacks.TensorBoard(log_dir, write_graph=False)]
     # The bar must end before anything else is printed.
-    return [*callbacks, *([Bar()] if shows_bar() else []), teller]
+    return [*made, *([Bar()] if shows_bar() else []), teller]
 
 
 def shows_bar():
@@ -994,7 +994,7 @@ def make_saver(path, metadata, earlier, schedule, leads):
         best_weights, written = earlier.weights, earlier.stamp
 
         def on_epoch_end(self, epoch, logs):
-            weights = self.model.get_weights()
+            self.weights = weights = average_weights(self.model)
             variables = self.model.variables + self.model.optimizer.variables
             checkpoint = [np.asarray(each) for each in variables]
             if not (
@@ -1002,9 +1002,9 @@ def make_saver(path, metadata, earlier, schedule, leads):
                 and all(model.is_within(array, model.LARGEST_WEIGHT) for array in weights)
                 and all(np.isfinite(array).all() for array in checkpoint)
             ):
-                rate = metadata["settings"]["learning_rate"]
+                rate, count = metadata["settings"]["learning_rate"], schedule.count(epoch + 1)
                 raise UserError(
-                    f"{schedule.name(epoch)}: the loss or a weight is NaN or too large; "
+                    f"the loss of epoch {count} or a weight is NaN or too large; "
                     f"{explain_kept(path, history)}; try a --learning_rate below {rate}, in "
                     "another --save_path or with --overwrite"
                 )
@@ -1030,7 +1030,19 @@ def make_saver(path, metadata, earlier, schedule, leads):
     return Saver()
 
 
-def make_teller(data, schedule, seed):
+def average_weights(network):
+    """Returns the moving averages of a network's weights, a list of arrays, as `get_weights` does.
+
+    They predict better than the weights themselves, the more so the shorter the list.
+    """
+    weights = network.get_weights()
+    network.optimizer.finalize_variable_values(network.trainable_variables)
+    averages = network.get_weights()
+    network.set_weights(weights)
+    return averages
+
+
+def make_teller(data, schedule, seed, saver):
     """Makes the callback that says how an epoch went and what the network invents now."""
     from keras.callbacks import Callback
 
@@ -1052,7 +1064,7 @@ def make_teller(data, schedule, seed):
                 speed = f"{self.speeds[-1]:,.0f} sequences/s"
                 say(f"{schedule.name(epoch)} - {losses} - {speed}")
             corpus = data.corpus
-            current = SequenceModel(corpus.alphabet, corpus.max_len, self.model.get_weights())
+            current = SequenceModel(corpus.alphabet, corpus.max_len, saver.weights)
             show_invented(current, data, (seed, epoch))
 
     return Teller()
@@ -1076,9 +1088,11 @@ def find_place(data, text):
         ids = [*corpus.alphabet.encode(text), 0]
     except UserError:  # it is composed
         return "new"
-    places = np.flatnonzero(corpus.lengths == len(ids))
+    lacking = len(ids) - corpus.lengths
+    places = np.flatnonzero((lacking == 0) | (lacking == 1))  # a sequence that was cut has no end
     for step, index in enumerate(ids):
-        places = places[corpus.targets[corpus.starts[places] + step] == index]
+        found = corpus.targets.take(corpus.starts[places] + step, mode="clip")
+        places = places[(found == index) | (corpus.lengths[places] == step)]
     if not len(places):
         return "new"
     return "held out" if np.isin(places[0], data.held_out) else "learned"
@@ -1102,7 +1116,7 @@ def fit(args, data, source, metadata, earlier, group, schedule):
     packed = learns_by_hand(args.recurrent_dropout, args.distribute)
     depth = choose_depth(corpus, args.batch_size, operations)
     size, parts = args.batch_size, schedule.parts
-    learned = Batches(corpus, data.training, size, depth, parts, packed, devices)
+    learned = Batches(corpus, data.training, size, depth, packed, devices, parts)
     updates = schedule.epochs * learned.stacks * learned.depth
     network = prepare_network(args, data, source, packed, updates)
     variables = network.variables + network.optimizer.variables
@@ -1116,7 +1130,7 @@ def fit(args, data, source, metadata, earlier, group, schedule):
         single = (tuple(array[:, 0] for array in stack) for stack in stream(held_out, group))
         validation = {"validation_data": as_data(single), "validation_steps": held_out.stacks}
     saver = make_saver(args.save_path, metadata, earlier, schedule, leads)
-    teller = make_teller(data, schedule, args.seed)
+    teller = make_teller(data, schedule, args.seed, saver)
     log_dir = args.log_dir if leads else None
     # The data are endless; the numbers of steps say where an epoch ends.
     network.fit(

@@ -38,6 +38,12 @@ CONTRACT = (
 JAX = {**os.environ, "KERAS_BACKEND": "jax"}
 
 
+def decode(corpus):
+    """Returns the sequences of a corpus, a list of str."""
+    parts = np.split(corpus.targets, corpus.starts[1:])
+    return [corpus.alphabet.decode(ids[ids > 0]) for ids in parts]
+
+
 def run(script, *arguments, **options):
     """Runs a script of the project with text pipes and returns the finished process."""
     return subprocess.run(

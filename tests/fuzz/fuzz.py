@@ -175,8 +175,9 @@ def read_list(path):
         # No text has a NUL character.
         corpus, refusal = attempt(model.build_corpus, texts, "\0") if texts else (None, refusal)
         yield name, refusal
-        for text, row in zip(texts, corpus.rows) if corpus else ():
-            assert corpus.alphabet.decode(row[row > 0]) == text[:64] != "", text
+        ids = np.split(corpus.targets, corpus.starts[1:]) if corpus else ()
+        for text, each in zip(texts or (), ids):
+            assert corpus.alphabet.decode(each[each > 0]) == text[:64] != "", text
 
 
 def attempt(function, *arguments):
