@@ -45,7 +45,27 @@ EXAMPLES = """examples:
 The same command again continues an interrupted run; a larger --epochs extends a
 finished one. Ctrl-C stops and keeps the run up to its last whole epoch.
 """
-UNITS, LAYERS, SENTINEL = 128, 2, "\n"
+SENTINEL, UNITS, VALIDATION_SPLIT = "\n", 128, 0.1
+# What is best for lists of up to so many characters, found on names, words, user names
+# and molecules. The less there is to learn from, the more is dropped, and the smaller and
+# more are the steps.
+DEFAULTS = {
+    20_000: {
+        "layers": 1, "dropout": 0.5, "recurrent_dropout": 0.5,
+        "batch_size": 8, "epochs": 30, "learning_rate": 0.02,
+    },
+    300_000: {
+        "layers": 2, "dropout": 0.3, "recurrent_dropout": 0.3,
+        "batch_size": 16, "epochs": 15, "learning_rate": 0.01,
+    },
+    math.inf: {
+        "layers": 2, "dropout": 0.3, "recurrent_dropout": 0.0,
+        "batch_size": 32, "epochs": 15, "learning_rate": 0.01,
+    },
+}  # fmt: skip
+SHIPPED = pathlib.Path(__file__).parent / "pre_trained_models" / "user_names_10000.h5"
+# What is different for a network that has learned before.
+FINE_TUNING = {"learning_rate": 0.01, "dropout": 0.5, "recurrent_dropout": 0.3}
 # What makes two runs the same run, besides their data and network.
 SETTINGS = (
     "dropout", "recurrent_dropout", "batch_size", "learning_rate", "validation_split", "seed"
@@ -96,20 +116,21 @@ def make_parser():
     add(data, "--max_len", "N", sizes["max_len"], cut)
     mark = r"marks the end; in no sequence (default: \n)"
     add(data, "--sentinel", "CHAR", one_character, mark)
-    add(data, "--validation_split", "SHARE", share, "held out to choose the best epoch", 0.1)
+    held_out = "held out to choose the best epoch (default: 0.1, less of a long list)"
+    add(data, "--validation_split", "SHARE", share, held_out)
 
-    network = parser.add_argument_group("network")
-    width = f"width of each LSTM layer (default: {UNITS})"
-    add(network, "--units", "N", sizes["units"], width)
-    add(network, "--layers", "N", sizes["layers"], f"LSTM layers (default: {LAYERS})")
-    add(network, "--dropout", "SHARE", share, "share of outputs to drop", 0.3)
-    add(network, "--recurrent_dropout", "SHARE", share, "share of recurrent inputs to drop", 0.0)
+    fit = "by default what suits the amount of data"
+    network = parser.add_argument_group(f"network ({fit})")
+    add(network, "--units", "N", sizes["units"], f"width of each LSTM layer (default: {UNITS})")
+    add(network, "--layers", "N", sizes["layers"], "LSTM layers")
+    add(network, "--dropout", "SHARE", share, "share of outputs to drop")
+    add(network, "--recurrent_dropout", "SHARE", share, "share of recurrent inputs to drop")
 
-    training = parser.add_argument_group("training")
+    training = parser.add_argument_group(f"training ({fit})")
     size = "sequences per update of the weights"
-    add(training, "--batch_size", "N", (int, 1, 2**20), size, 32)
-    add(training, "--epochs", "N", epochs, "passes over the data, in total", 15)
-    add(training, "--learning_rate", "RATE", (float, 1e-9, 10), "Adam's; decays to 0", 0.01)
+    add(training, "--batch_size", "N", (int, 1, 2**20), size)
+    add(training, "--epochs", "N", epochs, "passes over the data, in total")
+    add(training, "--learning_rate", "RATE", (float, 1e-9, 10), "Adam's; decays to 0")
     patience = "stop N epochs after the best one (default: never)"
     add(training, "--patience", "N", epochs, patience)
     add(training, "--seed", "N", (int, 0, 2**32 - 1), "another seed gives another model", 0)
@@ -137,7 +158,7 @@ def one_character(text):
 
 def check_flags(args):
     """Raises a `UserError`, before anything is read or imported, if the flags can't work."""
-    if args.patience and not args.validation_split:
+    if args.patience and args.validation_split == 0:
         raise UserError(
             "--patience waits for a better validation loss, so it needs a "
             "--validation_split above 0"
@@ -165,40 +186,40 @@ class Data(typing.NamedTuple):
         training: int32 array, the indices of the sequences to learn.
         held_out: int32 array, those of the sequences to validate with.
         loader: what read them, of one of the classes in `LOADERS`.
+        chosen: dict, the settings that depend on how much there is, by their flags.
     """
 
     corpus: model.Corpus
     training: np.ndarray
     held_out: np.ndarray
     loader: object
+    chosen: dict
 
 
 def read_source(args):
     """Returns the `SequenceModel` at `--init_from`, and fills in the flags that depend on it."""
-    source, defaults = None, {"units": UNITS, "layers": LAYERS, "sentinel": SENTINEL}
+    source = None
     if args.init_from is not None:
         with model.naming("--init_from", args.init_from):
             source, metadata = model.load(args.init_from)
-        defaults = {**metadata, "sentinel": source.alphabet.sentinel}
         for name in ("units", "layers"):
-            if getattr(args, name) not in (None, defaults[name]):
-                raise UserError(f"--{name}: {args.init_from} has {defaults[name]}; omit the flag")
+            if getattr(args, name) not in (None, metadata[name]):
+                raise UserError(f"--{name}: {args.init_from} has {metadata[name]}; omit the flag")
+            setattr(args, name, metadata[name])
         if args.sentinel is not None and args.sentinel in source.alphabet.symbols[1:]:
             raise UserError(
                 f"--sentinel: {args.init_from} already uses {args.sentinel!r} as a character; "
-                f"omit the flag to keep its sentinel, {defaults['sentinel']!r}"
+                f"omit the flag to keep its sentinel, {source.alphabet.sentinel!r}"
             )
-    for name in ("units", "layers", "sentinel"):
-        if getattr(args, name) is None:
-            setattr(args, name, defaults[name])
+    if args.sentinel is None:
+        args.sentinel = source.alphabet.sentinel if source else SENTINEL
     return source
 
 
 def read_data(args, source):
-    """Reads the sequences and chooses those that are held out: returns `Data`.
+    """Reads the sequences, chooses the settings and what is held out: returns `Data`.
 
-    Their alphabet has the characters of the `SequenceModel` `source` too, if
-    that is not None.
+    The alphabet has the characters of the `SequenceModel` `source` too, if that is not None.
     """
     path, sentinel = args.sequence_path, args.sentinel
     loader = find_loader(path, args.loader_class)(path, max_sequences=args.num_sequences)
@@ -223,7 +244,25 @@ def read_data(args, source):
                 f"({len(clashes):,} sequences do); pass a character that none contains, such as "
                 f"--sentinel {shlex.quote(free)}"
             )
-    return Data(corpus, *split(corpus, args.validation_split), loader)
+    chosen = choose_settings(args, len(corpus.targets), source)
+    return Data(corpus, *split(corpus, args.validation_split), loader, chosen)
+
+
+def choose_settings(args, characters, source):
+    """Sets the flags that were not given, by how many characters there are: returns them, a dict.
+
+    A network narrower than the usual one gets dropout in proportion to its width.
+    """
+    settings = next(each for most, each in DEFAULTS.items() if characters <= most)
+    settings = {"units": UNITS, **settings, **(FINE_TUNING if source else {})}
+    width = (args.units or UNITS) / UNITS
+    if width < 1:
+        for name in ("dropout", "recurrent_dropout"):
+            settings[name] = round(settings[name] * width, 3)
+    settings["validation_split"] = min(VALIDATION_SPLIT, LARGEST_VALIDATION / characters)
+    chosen = {name: value for name, value in settings.items() if getattr(args, name) is None}
+    vars(args).update(chosen)
+    return chosen
 
 
 def split(corpus, fraction):
@@ -636,7 +675,8 @@ def prepare_network(args, data, source, packed, updates):
     layers = model.build_layers(*size, *shares, args.seed, by_hand=packed)
     network = make_network(layers, packed)
     rate = keras.optimizers.schedules.CosineDecay(args.learning_rate, updates)
-    adam = keras.optimizers.Adam(rate, global_clipnorm=1.0, use_ema=True, ema_momentum=0.99)
+    momentum = 1 - 1 / min(max(updates / 8, 1), 100)
+    adam = keras.optimizers.Adam(rate, global_clipnorm=1.0, use_ema=True, ema_momentum=momentum)
     network.compile(adam, jit_compile=backend == "jax")
     adam.build(network.trainable_variables)
     network.set_weights(initial_weights(network.get_weights(), data, source))
@@ -1230,6 +1270,14 @@ def tell_what_was_read(args, data, source):
         why = f": too few distinct sequences for a --validation_split of {args.validation_split:g}"
     count = len(data.training)
     say(f"Learning from {count:,} sequences, holding out {held_out:,} for validation{why}")
+    flags = " ".join(f"--{name} {value:g}" for name, value in data.chosen.items())
+    if flags:
+        say(f"Chosen for this much data: {flags}")
+    if not source and len(corpus.targets) <= min(DEFAULTS):
+        say(
+            "Starting from a model of similar sequences usually predicts better where there is so "
+            f"little data: --init_from {shlex.quote(os.path.relpath(SHIPPED))}"
+        )
 
 
 def tell_what_was_learned(path, history, schedule, speed):
@@ -1242,6 +1290,8 @@ def tell_what_was_learned(path, history, schedule, speed):
     table = {"saved in": path}
     if history["val_loss"]:
         table["best epoch"] = f"{schedule.count(best + 1)} of {schedule.count(epochs)}"
+        if best + 1 == epochs:
+            table["best epoch"] += "; more --epochs may help"
     for name, losses in ("loss", history["loss"]), ("validation loss", history["val_loss"]):
         if losses:
             perplexity = f"perplexity {model.perplexity(losses[best]):.4g}"
