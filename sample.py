@@ -119,68 +119,55 @@ def pick_new(sequences, known, unique, count, warn):
 
     Calls `warn` with a message if `MOST_IDLE` in a row were known.
     """
-    found = idle = 0
-    for text in sequences:
-        if text in known:
-            idle += 1
-        else:
-            found, idle = found + 1, 0
-            if unique:
-                known.add(text)
-            yield text
-        if found == count or idle == MOST_IDLE:
+    for found in range(count):
+        some = itertools.islice(sequences, MOST_IDLE)
+        text = next(itertools.filterfalse(known.__contains__, some), None)
+        if text is None:
+            warn(
+                f"the model has nothing new left: found {found:,} of {count:,}; a higher "
+                "--temperature may find more"
+            )
             break
-    if found < count:
-        warn(
-            f"the model has nothing new left: found {found:,} of {count:,}; a higher --temperature "
-            "may find more"
-        )
+        if unique:
+            known.add(text)
+        yield text
 
 
 # The most likely sequences
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Prefix:
-    """The beginning of sequences, with what may follow it."""
-
-    text: str
-    state: model.State  # of one row, after the text was read
-    following: np.ndarray  # the ids of what may follow, the likeliest first
-    values: np.ndarray  # the log-probability of the text followed by each of them
-
-
 class Search:
-    """A best-first search for the most probable sequences.
+    """A best-first search for the most probable sequences: those of the least cost.
 
-    What a prefix becomes is at most as probable as the prefix. So a whole
-    sequence is the best of those that remain once it is at least as probable
-    as every prefix that is still open, or was given up for lack of memory;
-    and a prefix can be forgotten once enough whole sequences are at least as
-    probable.
+    A cost is a negative log-probability, which grows with each character. So
+    a whole sequence is the best of those that remain once it costs no more
+    than any prefix that is still open, and less than any that was given up for
+    lack of memory; and a prefix can be forgotten once enough whole sequences
+    cost no more.
     """
 
     def __init__(self, trained, count, max_len, to_probabilities, exclude):
         self.trained, self.max_len, self.exclude = trained, max_len, exclude
         self.to_probabilities = to_probabilities
         state = trained.start()
-        # An id and a log-probability for each follower, the text, and Python's own objects.
+        # An id and a cost for each follower, the text, and Python's own objects.
         size = state.hidden.nbytes + state.cell.nbytes + 16 * len(trained.alphabet) + 4 * max_len
         base, each, most = SEARCH_MEMORY
         self.memory = min(base + each * count, most)
-        self.limit = max(2, self.memory // (size + 1000))  # of prefixes and whole sequences
-        self.count = min(count, self.limit // 2)
-        # The least stands first, hence the signs.
-        self.whole = []  # sorted: (-log-probability, sequence) of the `count` best so far
+        limit = max(2, self.memory // (size + 1000))  # of prefixes and whole sequences
+        self.count = min(count, limit // 2)
+        self.limit = limit - self.count  # of prefixes
+        self.whole = [(math.inf, "")] * max(1, self.count)  # sorted: (cost, sequence), the best
         self.found = 0  # how many of these are proven
-        self.open = []  # a heap: (-log-probability, serial, rank, prefix): its rank-th follower
-        self.serial = itertools.count()  # a tie-breaker, so that prefixes are never compared
-        self.given_up = -math.inf  # the log-probability of the best prefix that was
+        # A heap: (cost, serial, id of a follower, iterator of the dearer ones, prefix, its state).
+        self.open = []
+        self.serial = itertools.count()  # a tie-breaker, so that what follows is never compared
+        self.given_up = math.inf  # the least cost of the prefixes that were
 
     @property
-    def floor(self):
-        """The log-probability, a float, that a sequence must exceed to be among the best."""
-        return -self.whole[-1][0] if 0 < self.count == len(self.whole) else -math.inf
+    def ceiling(self):
+        """The cost, a float, that a sequence must stay below to be among the best."""
+        return self.whole[-1][0]
 
     def find(self, prompt, count, warn):
         """Yields `most_likely`'s tuples, as long as they are proven."""
@@ -188,80 +175,79 @@ class Search:
             self.add(0.0, prompt)
         else:
             self.add_followers([prompt], np.zeros(1), *self.trained.read_prompt(prompt))
-        while self.found < self.count and (self.open or self.found < len(self.whole)):
-            value, text = self.whole[self.found] if self.found < len(self.whole) else (math.inf, "")
+        while self.found < self.count:
+            cost, text = self.whole[self.found]
             prefix = self.open[0][0] if self.open else math.inf
-            if -min(prefix, value) < self.given_up:
+            if min(cost, prefix) >= self.given_up:
                 break
-            if prefix < value:
+            if prefix < cost:
                 self.read_best()
             else:
                 self.found += 1
-                yield text, math.exp(-value)
+                yield text, math.exp(-cost)
         reason = "no other sequence is possible"
-        if self.found == self.count or self.given_up > -math.inf:
+        if self.found == self.count or self.given_up < math.inf:
             reason = f"to prove more would take over {self.memory / 2**20:,.0f} MiB of memory"
             reason += "; a longer --prompt, a lower --temperature or --top_k needs less"
         if self.found < count:
             warn(f"found {self.found:,} of {count:,}: {reason}")
 
-    def add(self, value, text):
-        """Adds a whole sequence, a str, with its log-probability, a float."""
+    def add(self, cost, text):
+        """Adds a whole sequence, a str."""
         text = compose(text)
-        if value > self.floor and text not in self.exclude:
-            bisect.insort(self.whole, (-value, text), self.found)
-            del self.whole[self.count :]
+        if cost < self.ceiling and text not in self.exclude:
+            bisect.insort(self.whole, (cost, text), self.found)
+            del self.whole[-1]
 
-    def add_followers(self, texts, values, logits, state):
+    def add_followers(self, texts, costs, logits, state):
         """Adds what follows prefixes that were read: the ends of some, and longer prefixes.
 
-        `values` are the log-probabilities of the texts, `logits` and `state` what the
-        network returned for them.
+        `costs` are those of the texts, `logits` and `state` what the network
+        returned for them.
         """
-        with np.errstate(divide="ignore"):  # the impossible becomes -inf
-            values = np.log(self.to_probabilities(logits)) + values[:, None]
+        with np.errstate(divide="ignore"):  # the impossible costs infinitely much
+            costs = costs[:, None] - np.log(self.to_probabilities(logits))
         for row, text in enumerate(texts):
-            self.add(values[row, 0], text)
-            following = 1 + np.flatnonzero(values[row, 1:] > self.floor)
-            following = following[np.argsort(-values[row, following], kind="stable")]
+            self.add(costs[row, 0], text)
+            ids = 1 + np.flatnonzero(costs[row, 1:] < self.ceiling)
+            ids = ids[np.argsort(costs[row, ids], kind="stable")]
+            followers = zip(costs[row, ids], ids)
             if len(text) + 1 < self.max_len:
-                self.push(0, Prefix(text, state.take([row]), following, values[row, following]))
+                self.push(followers, text, state.take([row]))
             else:
-                for index in following:
-                    self.add(values[row, index], text + self.trained.alphabet.symbols[index])
+                for cost, index in followers:
+                    self.add(cost, text + self.trained.alphabet.symbols[index])
 
-    def push(self, rank, prefix):
-        """Opens a `Prefix` with its follower of this rank, if that can still be among the best."""
-        if rank < len(prefix.values) and prefix.values[rank] > self.floor:
-            heapq.heappush(self.open, (-prefix.values[rank], next(self.serial), rank, prefix))
+    def push(self, followers, text, state):
+        """Opens a prefix by its next follower, if that can still be among the best."""
+        cost, index = next(followers, (math.inf, 0))
+        if cost < self.ceiling:
+            heapq.heappush(self.open, (cost, next(self.serial), index, followers, text, state))
 
     def read_best(self):
         """Extends the best prefixes by a character, many at once because NumPy is fast at that."""
         chosen = []
         most = min(256, self.trained.chunk_size(self.max_len))
         while self.open and len(chosen) < most:
-            value, _, rank, prefix = heapq.heappop(self.open)
-            self.push(rank + 1, prefix)
-            chosen.append((-value, prefix.following[rank], prefix))
-        values, ids, prefixes = zip(*chosen)
+            cost, _, index, followers, text, state = heapq.heappop(self.open)
+            self.push(followers, text, state)
+            chosen.append((cost, index, text + self.trained.alphabet.symbols[index], state))
+        costs, ids, texts, states = zip(*chosen)
         state = model.State(
-            np.concatenate([prefix.state.hidden for prefix in prefixes]),
-            np.concatenate([prefix.state.cell for prefix in prefixes], axis=1),
+            np.concatenate([state.hidden for state in states]),
+            np.concatenate([state.cell for state in states], axis=1),
         )
         logits = self.trained.follow(np.array(ids), state)
-        symbols = self.trained.alphabet.symbols
-        texts = [prefix.text + symbols[index] for index, prefix in zip(ids, prefixes)]
-        self.add_followers(texts, np.array(values), logits, state)
-        if len(self.open) + len(self.whole) > self.limit:
+        self.add_followers(texts, np.array(costs), logits, state)
+        if len(self.open) > self.limit:
             self.forget()
 
     def forget(self):
-        """Forgets prefixes that can't lead to one of the best or, if too few, the unlikeliest."""
-        self.open = sorted(entry for entry in self.open if -entry[0] > self.floor)
-        # Leaves room, so that this does not run again at once.
-        room = self.limit * 7 // 8 - len(self.whole)
+        """Forgets prefixes that can't lead to one of the best or, if too few, the dearest."""
+        self.open = sorted(entry for entry in self.open if entry[0] < self.ceiling)
+        room = self.limit * 7 // 8  # so that this does not run again at once
         if len(self.open) > room:
-            self.given_up = max(self.given_up, -self.open[room][0])
+            self.given_up = min(self.given_up, self.open[room][0])
             del self.open[room:]
 
 
