@@ -49,7 +49,6 @@ CONFLICTS = {
 }
 # How names end that promise what --output does not write.
 UNWRITTEN = {".xlsx", ".xls", ".ods", ".tsv", ".tab", ".json", ".gz", ".bz2", ".xz", ".zip", ".h5"}
-ESCAPED = r"sample.py: line ends within sequences are written as \n and \r; a .csv keeps them"
 
 
 def parse_arguments(arguments):
@@ -106,10 +105,7 @@ def parse_arguments(arguments):
 
 
 def pick_new(sequences, known, unique, count, warn):
-    """Yields `count` sequences that are not in `known`, and if `unique` adds them to it.
-
-    Calls `warn` with a message if `MOST_IDLE` in a row were known.
-    """
+    """Yields `count` sequences that are not in `known`, to which it adds them if `unique`."""
     for found in range(count):
         some = itertools.islice(sequences, MOST_IDLE)
         text = next(itertools.filterfalse(known.__contains__, some), None)
@@ -140,16 +136,13 @@ class Search:
     def __init__(self, trained, count, max_len, to_probabilities, exclude):
         self.trained, self.max_len, self.exclude = trained, max_len, exclude
         self.to_probabilities = to_probabilities
-        state = trained.start()
-        # An id and a cost for each follower, the text, a whole one, and Python's own objects.
-        size = state.hidden.nbytes + state.cell.nbytes + 16 * len(trained.alphabet) + 8 * max_len
+        # The state of a prefix, an id and a cost for each follower, its text and a whole one's.
+        size = 2 * trained.start().hidden.nbytes + 16 * len(trained.alphabet) + 8 * max_len
         base, each, most = SEARCH_MEMORY
         self.memory = min(base + each * count, most)
-        self.limit = max(1, self.memory // (size + 1000))  # of prefixes and of whole sequences
+        self.limit = max(1, self.memory // (size + 1000))  # the rest is for Python's own objects
         self.count = min(count, self.limit)
-        self.whole = [
-            (math.inf, "")
-        ] * self.count  # sorted: (cost, sequence), the best to be proven
+        self.whole = [(math.inf, "")] * self.count  # sorted: the best that are still to be proven
         self.open = []  # a heap: (cost, prefix, id of a follower, iterator of dearer ones, state)
         self.given_up = math.inf  # the least cost of the prefixes that were
 
@@ -190,11 +183,7 @@ class Search:
             del self.whole[-1]
 
     def add_followers(self, texts, costs, logits, state):
-        """Adds what follows prefixes that were read: the ends of some, and longer prefixes.
-
-        `costs` are those of the texts, `logits` and `state` what the network
-        returned for them.
-        """
+        """Adds the ends and the longer prefixes that follow texts, which the network has read."""
         with np.errstate(divide="ignore"):  # the impossible costs infinitely much
             costs = costs[:, None] - np.log(self.to_probabilities(logits))
         for row, text in enumerate(texts):
@@ -362,7 +351,7 @@ def answer_all(find, prompts, failed):
             yield find(prompt)
         except UserError as error:
             tell(f"sample.py: error: prompt {number}: {error}")
-            failed.append(prompt)
+            failed.append(number)
 
 
 def find_scores(trained, sequences, max_len):
@@ -490,7 +479,7 @@ def write(path, failed, rows, names):
         if failed and not count:
             raise UserError(f"no prompt can be answered, so {path} is not written")
     if not as_csv and symbols & {"\n", "\r"}:
-        tell(ESCAPED)
+        tell(r"sample.py: line ends within sequences are written as \n and \r; a .csv keeps them")
     told = f"{path} holds {quantity(count)}"
     if stopped_by:
         raise KeyboardInterrupt(*stopped_by, told)
@@ -515,7 +504,7 @@ def converse(answer, path):
     while stops < 2:
         prompt = None
         try:
-            # Not among the results.
+            # Asks where no results go.
             with contextlib.redirect_stdout(sys.stdout if sys.stdout.isatty() else sys.stderr):
                 prompt = input("> ")
             stops = 0
@@ -566,15 +555,13 @@ def run(args):
     """Does what the command line asks for and returns the exit status."""
     check_files(args)
     encoding = None if sys.stdout.isatty() else "utf-8"
-    options = {"errors": "backslashreplace", "newline": "\n", "line_buffering": True}
-    model.reconfigure(sys.stdout, encoding=encoding, **options)
+    model.reconfigure(sys.stdout, encoding=encoding, errors="backslashreplace", line_buffering=True)
     # Bytes that can't be decoded become surrogates, which no alphabet contains.
     model.reconfigure(sys.stdin, errors="surrogateescape")
     with model.naming("--weights_path", args.weights_path):
         trained, _ = model.load(args.weights_path)
-    known = set()
-    for path in args.exclude:
-        known.update(read_sequences("--exclude", path, args.loader_class))
+    read = functools.partial(read_sequences, loader_class=args.loader_class)
+    known = {text for path in args.exclude for text in read("--exclude", path)}
     with contextlib.suppress(BrokenPipeError):
         return find_and_show(args, trained, known)
     model.discard(sys.stdout)  # nobody reads the rest, which Python would flush on exit
