@@ -456,9 +456,8 @@ def stop_once(number, frame):
 def write(path, failed, rows, names):
     """Replaces a file by one with these rows, or those that came before Ctrl-C.
 
-    If none came before Ctrl-C, or no prompt could be answered, the old file still
-    stands. Once the last row is written signals are ignored, lest one undo that or
-    go unanswered.
+    If none came before it, or no prompt can be answered, the old file still stands. Once
+    the last row is written signals are ignored, lest one undo that or go unanswered.
     """
     as_csv = path.lower().endswith(".csv")
     count, symbols, stopped_by = 0, set(), ()
@@ -540,20 +539,20 @@ def read_prompts():
 # All of it
 
 
-def check_files(args):
-    """Raises a `UserError`, before anything is read, if a file can't serve its purpose."""
-    excluded = [("--exclude", path) for path in args.exclude]
-    if args.output is not None:
-        inputs = [("--weights_path", args.weights_path), ("--score", args.score), *excluded]
-        model.check_target("--output", args.output, [*inputs, ("standard input", "/dev/stdin")])
-        suffix = pathlib.Path(args.output).suffix
-        if suffix.lower() in UNWRITTEN:
-            raise UserError(f"--output: can't write {suffix}; pass a .csv, which spreadsheets open")
+def check_output(args):
+    """Raises a `UserError`, before anything is read, if `--output` can't be written."""
+    inputs = [("--weights_path", args.weights_path), ("--score", args.score)]
+    inputs += [("--exclude", path) for path in args.exclude]
+    model.check_target("--output", args.output, [*inputs, ("standard input", "/dev/stdin")])
+    suffix = pathlib.Path(args.output).suffix
+    if suffix.lower() in UNWRITTEN:
+        raise UserError(f"--output: can't write {suffix}; pass a .csv, which spreadsheets open")
 
 
 def run(args):
     """Does what the command line asks for and returns the exit status."""
-    check_files(args)
+    if args.output is not None:
+        check_output(args)
     encoding = None if sys.stdout.isatty() else "utf-8"
     model.reconfigure(sys.stdout, encoding=encoding, errors="backslashreplace", line_buffering=True)
     # Bytes that can't be decoded become surrogates, which no alphabet contains.
@@ -569,7 +568,7 @@ def run(args):
 
 
 def find_and_show(args, trained, known):
-    """Finds results, shows or writes them, and returns the exit status."""
+    """Finds answers, iterators of rows, shows or writes them, and returns the exit status."""
     rng, failed = np.random.default_rng(args.seed), []
     find = functools.partial(find_rows, args, trained, rng, known)
     prompts = args.prompt or [""]
