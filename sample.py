@@ -8,27 +8,19 @@ is the whole of it.
 import bisect
 import contextlib
 import csv
-import dataclasses
+import functools
 import heapq
-import io
 import itertools
 import math
 import os
 import pathlib
 import signal
 import sys
+import types
 import unicodedata
 import warnings
 
-from loaders import (
-    LOADERS,
-    LONGEST_LINE,
-    UserError,
-    compose,
-    find_loader,
-    needing_packages,
-    open_text,
-)
+from loaders import LOADERS, SequenceLoader, UserError, compose, find_loader, needing_packages
 
 with needing_packages("sample.py"):
     import numpy as np
@@ -57,8 +49,6 @@ CONFLICTS = {
 }
 # How names end that promise what --output does not write.
 UNWRITTEN = {".xlsx", ".xls", ".ods", ".tsv", ".tab", ".json", ".gz", ".bz2", ".xz", ".zip", ".h5"}
-ESCAPED = r"line ends within sequences are written as \n and \r; a .csv keeps them as they are"
-CTRL_C = (signal.SIGINT,), ()  # what a KeyboardInterrupt by Ctrl-C holds: ours, and Python's own
 
 
 def parse_arguments(arguments):
@@ -115,72 +105,51 @@ def parse_arguments(arguments):
 
 
 def pick_new(sequences, known, unique, count, warn):
-    """Yields `count` sequences that are not in `known`, and if `unique` adds them to it.
-
-    Calls `warn` with a message if `MOST_IDLE` in a row were known.
-    """
-    found = idle = 0
-    for text in sequences:
-        if text in known:
-            idle += 1
-        else:
-            found, idle = found + 1, 0
-            if unique:
-                known.add(text)
-            yield text
-        if found == count or idle == MOST_IDLE:
+    """Yields `count` sequences that are not in `known`, to which it adds them if `unique`."""
+    for found in range(count):
+        some = itertools.islice(sequences, MOST_IDLE)
+        text = next(itertools.filterfalse(known.__contains__, some), None)
+        if text is None:
+            warn(
+                f"the model has nothing new left: found {found:,} of {count:,}; a higher "
+                "--temperature may find more"
+            )
             break
-    if found < count:
-        warn(
-            f"the model has nothing new left: found {found:,} of {count:,}; a higher --temperature "
-            "may find more"
-        )
+        if unique:
+            known.add(text)
+        yield text
 
 
 # The most likely sequences
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Prefix:
-    """The beginning of sequences, with what may follow it."""
-
-    text: str
-    state: model.State  # of one row, after the text was read
-    following: np.ndarray  # the ids of what may follow, the likeliest first
-    values: np.ndarray  # the log-probability of the text followed by each of them
-
-
 class Search:
-    """A best-first search for the most probable sequences.
+    """A best-first search for the most probable sequences: those of the least cost.
 
-    What a prefix becomes is at most as probable as the prefix. So a whole
-    sequence is the best of those that remain once it is at least as probable
-    as every prefix that is still open, or was given up for lack of memory;
-    and a prefix can be forgotten once enough whole sequences are at least as
-    probable.
+    A cost is a negative log-probability, which grows with each character. So
+    a whole sequence is the best of those that remain once it costs no more
+    than any prefix that is still open, and less than any that was given up for
+    lack of memory; and a prefix can be forgotten once enough whole sequences
+    cost no more.
     """
 
     def __init__(self, trained, count, max_len, to_probabilities, exclude):
         self.trained, self.max_len, self.exclude = trained, max_len, exclude
         self.to_probabilities = to_probabilities
-        state = trained.start()
-        # An id and a log-probability for each follower, the text, and Python's own objects.
-        size = state.hidden.nbytes + state.cell.nbytes + 16 * len(trained.alphabet) + 4 * max_len
+        # The state of a prefix, an id and a cost for each follower, its text and a whole one's.
+        size = 2 * trained.start().hidden.nbytes + 16 * len(trained.alphabet) + 8 * max_len
         base, each, most = SEARCH_MEMORY
         self.memory = min(base + each * count, most)
-        self.limit = max(2, self.memory // (size + 1000))  # of prefixes and whole sequences
-        self.count = min(count, self.limit // 2)
-        # The least stands first, hence the signs.
-        self.whole = []  # sorted: (-log-probability, sequence) of the `count` best so far
-        self.found = 0  # how many of these are proven
-        self.open = []  # a heap: (-log-probability, serial, rank, prefix): its rank-th follower
-        self.serial = itertools.count()  # a tie-breaker, so that prefixes are never compared
-        self.given_up = -math.inf  # the log-probability of the best prefix that was
+        self.limit = max(1, self.memory // (size + 1000))  # the rest is for Python's own objects
+        self.count = min(count, self.limit)
+        self.whole = [(math.inf, "")] * self.count  # sorted: the best that are still to be proven
+        self.open = []  # a heap: (cost, prefix, id of a follower, iterator of dearer ones, state)
+        self.given_up = math.inf  # the least cost of the prefixes that were
 
     @property
-    def floor(self):
-        """The log-probability, a float, that a sequence must exceed to be among the best."""
-        return -self.whole[-1][0] if 0 < self.count == len(self.whole) else -math.inf
+    def ceiling(self):
+        """The cost, a float, that a sequence must stay below to be among the best."""
+        return self.whole[-1][0] if self.whole else -math.inf
 
     def find(self, prompt, count, warn):
         """Yields `most_likely`'s tuples, as long as they are proven."""
@@ -188,80 +157,75 @@ class Search:
             self.add(0.0, prompt)
         else:
             self.add_followers([prompt], np.zeros(1), *self.trained.read_prompt(prompt))
-        while self.found < self.count and (self.open or self.found < len(self.whole)):
-            value, text = self.whole[self.found] if self.found < len(self.whole) else (math.inf, "")
+        while self.whole:
+            cost, text = self.whole[0]
             prefix = self.open[0][0] if self.open else math.inf
-            if -min(prefix, value) < self.given_up:
+            if min(cost, prefix) >= self.given_up:
                 break
-            if prefix < value:
+            if prefix < cost:
                 self.read_best()
             else:
-                self.found += 1
-                yield text, math.exp(-value)
+                del self.whole[0]
+                yield text, math.exp(-cost)
+        found = self.count - len(self.whole)
         reason = "no other sequence is possible"
-        if self.found == self.count or self.given_up > -math.inf:
+        if not self.whole or self.given_up < math.inf:
             reason = f"to prove more would take over {self.memory / 2**20:,.0f} MiB of memory"
             reason += "; a longer --prompt, a lower --temperature or --top_k needs less"
-        if self.found < count:
-            warn(f"found {self.found:,} of {count:,}: {reason}")
+        if found < count:
+            warn(f"found {found:,} of {count:,}: {reason}")
 
-    def add(self, value, text):
-        """Adds a whole sequence, a str, with its log-probability, a float."""
+    def add(self, cost, text):
+        """Adds a whole sequence, a str."""
         text = compose(text)
-        if value > self.floor and text not in self.exclude:
-            bisect.insort(self.whole, (-value, text), self.found)
-            del self.whole[self.count :]
+        if cost < self.ceiling and text not in self.exclude:
+            bisect.insort(self.whole, (cost, text))
+            del self.whole[-1]
 
-    def add_followers(self, texts, values, logits, state):
-        """Adds what follows prefixes that were read: the ends of some, and longer prefixes.
-
-        `values` are the log-probabilities of the texts, `logits` and `state` what the
-        network returned for them.
-        """
-        with np.errstate(divide="ignore"):  # the impossible becomes -inf
-            values = np.log(self.to_probabilities(logits)) + values[:, None]
+    def add_followers(self, texts, costs, logits, state):
+        """Adds the ends and the longer prefixes that follow texts, which the network has read."""
+        with np.errstate(divide="ignore"):  # the impossible costs infinitely much
+            costs = costs[:, None] - np.log(self.to_probabilities(logits))
         for row, text in enumerate(texts):
-            self.add(values[row, 0], text)
-            following = 1 + np.flatnonzero(values[row, 1:] > self.floor)
-            following = following[np.argsort(-values[row, following], kind="stable")]
+            self.add(costs[row, 0], text)
+            ids = 1 + np.flatnonzero(costs[row, 1:] < self.ceiling)
+            ids = ids[np.argsort(costs[row, ids], kind="stable")]
+            followers = zip(costs[row, ids], ids)
             if len(text) + 1 < self.max_len:
-                self.push(0, Prefix(text, state.take([row]), following, values[row, following]))
+                self.push(text, followers, state.take([row]))
             else:
-                for index in following:
-                    self.add(values[row, index], text + self.trained.alphabet.symbols[index])
+                for cost, index in followers:
+                    self.add(cost, text + self.trained.alphabet.symbols[index])
 
-    def push(self, rank, prefix):
-        """Opens a `Prefix` with its follower of this rank, if that can still be among the best."""
-        if rank < len(prefix.values) and prefix.values[rank] > self.floor:
-            heapq.heappush(self.open, (-prefix.values[rank], next(self.serial), rank, prefix))
+    def push(self, text, followers, state):
+        """Opens a prefix by its next follower, if that can still be among the best."""
+        cost, index = next(followers, (math.inf, 0))
+        if cost < self.ceiling:
+            heapq.heappush(self.open, (cost, text, index, followers, state))
 
     def read_best(self):
         """Extends the best prefixes by a character, many at once because NumPy is fast at that."""
         chosen = []
         most = min(256, self.trained.chunk_size(self.max_len))
         while self.open and len(chosen) < most:
-            value, _, rank, prefix = heapq.heappop(self.open)
-            self.push(rank + 1, prefix)
-            chosen.append((-value, prefix.following[rank], prefix))
-        values, ids, prefixes = zip(*chosen)
-        state = model.State(
-            np.concatenate([prefix.state.hidden for prefix in prefixes]),
-            np.concatenate([prefix.state.cell for prefix in prefixes], axis=1),
-        )
+            cost, text, index, followers, state = heapq.heappop(self.open)
+            self.push(text, followers, state)
+            chosen.append((cost, index, text + self.trained.alphabet.symbols[index], state))
+        costs, ids, texts, states = zip(*chosen)
+        hidden = np.concatenate([state.hidden for state in states])
+        cell = np.concatenate([state.cell for state in states], axis=1)
+        state = model.State(hidden, cell)
         logits = self.trained.follow(np.array(ids), state)
-        symbols = self.trained.alphabet.symbols
-        texts = [prefix.text + symbols[index] for index, prefix in zip(ids, prefixes)]
-        self.add_followers(texts, np.array(values), logits, state)
-        if len(self.open) + len(self.whole) > self.limit:
+        self.add_followers(texts, np.array(costs), logits, state)
+        if len(self.open) > self.limit:
             self.forget()
 
     def forget(self):
-        """Forgets prefixes that can't lead to one of the best or, if too few, the unlikeliest."""
-        self.open = sorted(entry for entry in self.open if -entry[0] > self.floor)
-        # Leaves room, so that this does not run again at once.
-        room = self.limit * 7 // 8 - len(self.whole)
+        """Forgets prefixes that can't lead to one of the best or, if too few, the dearest."""
+        self.open = sorted(entry for entry in self.open if entry[0] < self.ceiling)
+        room = self.limit * 7 // 8  # so that this does not run again at once
         if len(self.open) > room:
-            self.given_up = max(self.given_up, -self.open[room][0])
+            self.given_up = min(self.given_up, self.open[room][0])
             del self.open[room:]
 
 
@@ -365,36 +329,33 @@ def _score(trained, texts, max_len):
 # Finding results as the command line asks: rows of a sequence and perhaps a number
 
 
-def make_finder(args, trained, known, notes):
-    """Returns the function that finds the rows for a prompt and notes why there are fewer."""
-    rng = np.random.default_rng(args.seed)
+def find_rows(args, trained, rng, known, prompt):
+    """Returns an iterator of the rows for a prompt, which tells why there are fewer."""
+
+    def warn(message):
+        tell(f"sample.py: {prompt!r}: {message}" if prompt else f"sample.py: {message}")
+
     shape = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "max_len")}
-
-    def find(prompt):
-        def warn(message):
-            notes.append(f"{prompt!r}: {message}" if prompt else message)
-
-        if args.most_likely is not None:
-            best = most_likely(trained, prompt, args.most_likely, **shape, exclude=known, warn=warn)
-            return ((text, f"{probability:#.6g}") for text, probability in best)
-        if not (args.unique or args.exclude):
-            return zip(trained.sample(prompt, args.num_samples, **shape, seed=rng))
-        texts = trained.sample(prompt, None, **shape, seed=rng)
-        return zip(pick_new(texts, known, args.unique, args.num_samples, warn))
-
-    return find
+    if args.most_likely is not None:
+        best = most_likely(trained, prompt, args.most_likely, **shape, exclude=known, warn=warn)
+        return ((text, f"{probability:#.6g}") for text, probability in best)
+    drawn = None if args.unique or args.exclude else args.num_samples
+    texts = trained.sample(prompt, drawn, **shape, seed=rng)
+    return zip(pick_new(texts, known, args.unique, args.num_samples, warn))
 
 
-def find_for_all(find, prompts):
-    """Yields the rows for each prompt; raises a UserError at one that can't be answered."""
+def answer_all(find, prompts, failed):
+    """Yields the rows for each prompt; names and adds to `failed` what can't be answered."""
     for number, prompt in enumerate(prompts, start=1):
-        with model.naming(f"prompt {number}", prompt):
-            rows = find(prompt)
-        yield from rows
+        try:
+            yield find(prompt)
+        except UserError as error:
+            tell(f"sample.py: error: prompt {number}: {error}")
+            failed.append(number)
 
 
-def find_scores(trained, sequences, max_len, notes):
-    """Yields the rows of `--score`, and notes their mean and what it leaves out."""
+def find_scores(trained, sequences, max_len):
+    """Yields the rows of `--score`, and tells their mean and what it leaves out."""
     total = targets = known = unknown = cut = 0
     for text, nats, length in score(trained, sequences, max_len):
         yield text, f"{nats / length:.6f}"
@@ -405,23 +366,23 @@ def find_scores(trained, sequences, max_len, notes):
             cut += len(text) > max_len
     if known:
         mean = total / targets
-        notes.append(
-            f"{mean:.6f} nats per character, perplexity {model.perplexity(mean):.6g}: the mean "
-            f"over {quantity(known)} with {targets:,} characters and end marks"
+        tell(
+            f"sample.py: {mean:.6f} nats per character, perplexity {model.perplexity(mean):.6g}: "
+            f"the mean over {quantity(known)} with {targets:,} characters and end marks"
         )
     if unknown:
-        notes.append(f"not scored: {quantity(unknown)} with characters that the model never saw")
+        tell(f"sample.py: not scored: {quantity(unknown)} with characters that the model never saw")
     if cut:
-        notes.append(f"cut to {max_len} characters (--max_len): {quantity(cut)}")
+        tell(f"sample.py: cut to {max_len} characters (--max_len): {quantity(cut)}")
 
 
-def read_sequences(flag, path, loader_class, notes):
-    """Yields the sequences of the file that a flag names, and notes what its loader advises."""
+def read_sequences(flag, path, loader_class):
+    """Yields the sequences of the file that a flag names, and tells what its loader advises."""
     with model.naming(flag, path):
         loader = find_loader(path, loader_class)(path)
         yield from loader
     if loader.advice:
-        notes.append(f"{path}: {loader.advice}")
+        tell(f"sample.py: {path}: {loader.advice}")
 
 
 def quantity(count):
@@ -438,38 +399,26 @@ def tell(text):
         print(model.printable(text), file=sys.stderr)
 
 
-def tell_all(notes):
-    """Tells and forgets the notes, a list of str."""
-    while notes:
-        tell(f"sample.py: {notes.pop(0)}")
-
-
-def to_line(row, escape):
-    """Returns a row as a line, its number first and its sequence as `escape` returns it."""
+def to_line(row, to_terminal=False):
+    """Returns a row as a line, its number first; what would end it or steer a terminal escaped."""
     text, *number = row
-    return "\t".join([*number, escape(text)])
+    text = model.printable(text) if to_terminal else text.replace("\n", r"\n").replace("\r", r"\r")
+    return "\t".join([*number, text])
 
 
-def keep_to_one_line(text):
-    """Returns a str with an escape for each character that ends a line."""
-    return text.replace("\n", "\\n").replace("\r", "\\r")
+# Returns a row of a CSV without its line end, which has both characters so that both are quoted.
+to_csv = csv.writer(types.SimpleNamespace(write=lambda line: line[:-2])).writerow
 
 
-def to_csv(values):
-    """Returns a row of a CSV, a str without its line end."""
-    row = io.StringIO()
-    csv.writer(row).writerow(values)
-    return row.getvalue().removesuffix("\r\n")
-
-
-def show(lines, columns):
-    """Writes lines, an iterator of str, to stdout, in columns if asked to."""
-    if columns:
+def show(rows, names):
+    """Writes rows to stdout, on a terminal in columns if sequences are all that they hold."""
+    to_terminal = sys.stdout.isatty()
+    lines = (to_line(row, to_terminal) for row in rows)
+    if to_terminal and len(names) == 1:
         for first in lines:
             show_in_columns([first, *itertools.islice(lines, SCREENFUL - 1)])
     else:
         sys.stdout.writelines(f"{line}\n" for line in lines)
-    sys.stdout.flush()
 
 
 def show_in_columns(texts):
@@ -489,18 +438,13 @@ def show_in_columns(texts):
         console.print(Columns(cells, padding=(0, 2), column_first=True))
 
 
-def with_progress(rows, total, shown):
-    """Yields rows while a bar on stderr, if it is to be shown, counts them up to `total`."""
-    if not shown:
-        yield from rows
-        return
+def make_bar():
+    """Returns a progress bar on stderr, to be entered; what is told meanwhile stands above it."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    options = {"transient": True, "redirect_stdout": False, "redirect_stderr": False}
-    with Progress(*columns, console=Console(stderr=True), **options) as progress:
-        yield from progress.track(rows, total, description="")
+    return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
 
 
 def stop_once(number, frame):
@@ -509,44 +453,36 @@ def stop_once(number, frame):
     model.interrupt(number, frame)
 
 
-def write(path, rows, number_name, notes):
-    """Replaces a file by one with these rows, or those that came before Ctrl-C; returns status 0.
+def write(path, failed, rows, names):
+    """Replaces a file by one with these rows, or those that came before Ctrl-C.
 
-    If Ctrl-C came before the first row, the old file still stands. Once the last
-    row is written signals are ignored, lest one undo that or go unanswered.
+    If none came before it, or no prompt can be answered, the old file still stands. Once
+    the last row is written signals are ignored, lest one undo that or go unanswered.
     """
-
-    def escape(text):
-        escaped = keep_to_one_line(text)
-        if escaped != text and ESCAPED not in notes:
-            notes.append(ESCAPED)
-        return escaped
-
-    header, lines = "", (to_line(row, escape) for row in rows)
-    if path.lower().endswith(".csv"):
-        header, lines = to_csv(["sequence", *number_name]) + "\n", map(to_csv, rows)
-    count, stopped_by = 0, None
+    as_csv = path.lower().endswith(".csv")
+    count, symbols, stopped_by = 0, set(), ()
     model.catch_signals(stop_once)
-    # Rows are closed, so that the bar is gone before anything is told.
-    with contextlib.closing(rows), model.replacing(path) as file:
-        size = file.write(header.encode())
+    with model.replacing(path) as file:
+        size = file.write(f"{to_csv(names)}\n".encode()) if as_csv else 0
         try:
-            for line in lines:
-                size += file.write(line.encode() + b"\n")
-                count += 1
+            for row in rows:
+                line = to_csv(row) if as_csv else to_line(row)
+                size, count = size + file.write(f"{line}\n".encode()), count + 1
+                symbols.update(row[0])
             model.catch_signals(signal.SIG_IGN)
         except KeyboardInterrupt as stop:
-            stopped_by = stop.args[0] if stop.args else signal.SIGINT
+            stopped_by = stop.args
             if not count:  # the old file is worth more
-                raise KeyboardInterrupt(stopped_by, "nothing was written") from None
-            file.seek(size)  # drops a half-written line
-            file.truncate()
-    tell_all(notes)
+                raise KeyboardInterrupt(*stopped_by, "nothing was written") from None
+            file.truncate(size)  # drops a half-written line
+        if failed and not count:
+            raise UserError(f"no prompt can be answered, so {path} is not written")
+    if not as_csv and symbols & {"\n", "\r"}:
+        tell(r"sample.py: line ends within sequences are written as \n and \r; a .csv keeps them")
     told = f"{path} holds {quantity(count)}"
-    if stopped_by is not None:
-        raise KeyboardInterrupt(stopped_by, told)
+    if stopped_by:
+        raise KeyboardInterrupt(*stopped_by, told)
     tell(told)
-    return 0
 
 
 # Asking for prompts
@@ -567,7 +503,9 @@ def converse(answer, path):
     while stops < 2:
         prompt = None
         try:
-            prompt = ask()
+            # Asks where no results go.
+            with contextlib.redirect_stdout(sys.stdout if sys.stdout.isatty() else sys.stderr):
+                prompt = input("> ")
             stops = 0
             answer(prompt)
         except EOFError:
@@ -577,7 +515,7 @@ def converse(answer, path):
             tell(f"Sorry, {error}.")
         except KeyboardInterrupt as stop:
             tell("")
-            if stop.args not in CTRL_C:
+            if stop.args not in ((signal.SIGINT,), ()):  # the latter is input()'s own
                 raise
             if prompt is not None:
                 tell("Stopped.")
@@ -588,114 +526,78 @@ def converse(answer, path):
     return 0
 
 
-def ask():
-    """Returns the line that the user types; raises EOFError at the end of the input."""
-    if sys.stdout.isatty():
-        return input("> ")
-    print("> ", end="", file=sys.stderr, flush=True)  # input() would mix it into the results
-    return input()
-
-
-def answer_all(answer, prompts):
-    """Answers prompts and returns the exit status: 2 if some, named on stderr, can't be."""
-    status = 0
-    for number, prompt in enumerate(prompts, start=1):
-        try:
-            answer(prompt)
-        except UserError as error:
-            tell(f"sample.py: error: prompt {number}: {error}")
-            status = 2
-    return status
-
-
 def read_prompts():
     """Yields the lines of standard input without their ends."""
-    number = 0
-    try:
-        with model.naming("prompts", "standard input"):
-            text = open_text("-")
-            for number, line in enumerate(iter(lambda: text.readline(LONGEST_LINE), ""), start=1):
-                if len(line) == LONGEST_LINE:
-                    raise UserError(f"prompt {number} is longer than {LONGEST_LINE:,} characters")
-                yield line.rstrip("\r\n")
-    except UnicodeDecodeError:
-        raise UserError(f"prompt {number + 1} is not UTF-16; save the prompts as UTF-8") from None
-    if not number:
+    loader = SequenceLoader("-")
+    with model.naming("standard input", "-"):
+        for line in loader.lines():
+            yield line.rstrip("\r\n")
+    if not loader.line:
         raise UserError("standard input is empty; pass a prompt, such as --prompt ''")
 
 
 # All of it
 
 
-def check_files(args):
-    """Raises a `UserError`, before anything is read, if a file can't serve its purpose."""
-    excluded = [("--exclude", path) for path in args.exclude]
-    if args.output is not None:
-        inputs = [("--weights_path", args.weights_path), ("--score", args.score), *excluded]
-        model.check_target("--output", args.output, [*inputs, ("standard input", "/dev/stdin")])
-        suffix = pathlib.Path(args.output).suffix
-        if suffix.lower() in UNWRITTEN:
-            raise UserError(f"--output: can't write {suffix}; pass a .csv, which spreadsheets open")
-    asks = args.prompt is None and args.score is None
-    if asks and any(path == "-" or model.is_same_file(path, "/dev/stdin") for _, path in excluded):
-        raise UserError("--exclude reads standard input, as prompts do; pass --prompt too")
+def check_output(args):
+    """Raises a `UserError`, before anything is read, if `--output` can't be written."""
+    inputs = [("--weights_path", args.weights_path), ("--score", args.score)]
+    inputs += [("--exclude", path) for path in args.exclude]
+    model.check_target("--output", args.output, [*inputs, ("standard input", "/dev/stdin")])
+    suffix = pathlib.Path(args.output).suffix
+    if suffix.lower() in UNWRITTEN:
+        raise UserError(f"--output: can't write {suffix}; pass a .csv, which spreadsheets open")
 
 
 def run(args):
     """Does what the command line asks for and returns the exit status."""
-    check_files(args)
+    if args.output is not None:
+        check_output(args)
     encoding = None if sys.stdout.isatty() else "utf-8"
-    model.reconfigure(sys.stdout, encoding=encoding, errors="backslashreplace", newline="\n")
+    model.reconfigure(sys.stdout, encoding=encoding, errors="backslashreplace", line_buffering=True)
     # Bytes that can't be decoded become surrogates, which no alphabet contains.
     model.reconfigure(sys.stdin, errors="surrogateescape")
     with model.naming("--weights_path", args.weights_path):
         trained, _ = model.load(args.weights_path)
-    known, notes = set(), []
-    for path in args.exclude:
-        known.update(read_sequences("--exclude", path, args.loader_class, notes))
-    tell_all(notes)
+    read = functools.partial(read_sequences, loader_class=args.loader_class)
+    known = {text for path in args.exclude for text in read("--exclude", path)}
     with contextlib.suppress(BrokenPipeError):
-        return find_and_show(args, trained, known, notes)
+        return find_and_show(args, trained, known)
     model.discard(sys.stdout)  # nobody reads the rest, which Python would flush on exit
     return 0
 
 
-def find_and_show(args, trained, known, notes):
-    """Finds results, shows or writes them, and returns the exit status."""
-    find = make_finder(args, trained, known, notes)
-    to_terminal = args.output is None and sys.stdout.isatty()
-    number_name = ["probability"] if args.most_likely is not None else []
-
-    def show_rows(rows):
-        escape = model.printable if to_terminal else keep_to_one_line
-        show((to_line(row, escape) for row in rows), columns=to_terminal and not number_name)
-        tell_all(notes)
-
+def find_and_show(args, trained, known):
+    """Finds answers, iterators of rows, shows or writes them, and returns the exit status."""
+    rng, failed = np.random.default_rng(args.seed), []
+    find = functools.partial(find_rows, args, trained, rng, known)
     prompts = args.prompt or [""]
     total = (args.most_likely or args.num_samples) * len(prompts)
+    names = ["sequence"] if args.most_likely is None else ["sequence", "probability"]
     if args.score is not None:
-        sequences = read_sequences("--score", args.score, args.loader_class, notes)
-        rows = find_scores(trained, sequences, args.max_len or trained.max_len, notes)
-        total, number_name = None, ["nats_per_character"]
+        sequences = read_sequences("--score", args.score, args.loader_class)
+        answers = [find_scores(trained, sequences, args.max_len or trained.max_len)]
+        total, names = None, ["sequence", "nats_per_character"]
     elif args.prompt is not None or (args.output is not None and sys.stdin.isatty()):
         with model.naming("--prompt", None):
             # Unpacked, so that every prompt is checked before the first result.
-            rows = itertools.chain(*map(find, prompts))
-    elif args.output is not None:
-        rows, total = find_for_all(find, read_prompts()), None
+            answers = [itertools.chain(*map(find, prompts))]
     elif sys.stdin.isatty():
-        return converse(lambda prompt: show_rows(find(prompt)), args.weights_path)
+        return converse(lambda prompt: show(find(prompt), names), args.weights_path)
     else:
-        return answer_all(lambda prompt: show_rows(find(prompt)), read_prompts())
+        answers, total = answer_all(find, read_prompts(), failed), None
 
+    deliver = show if args.output is None else functools.partial(write, args.output, failed)
     # No bar where a pipe leads: who reads it may write to the same terminal.
-    elsewhere = args.output is not None or (sys.stdout.seekable() and not to_terminal)
-    counted = with_progress(rows, total, elsewhere and sys.stderr.isatty())
-    if args.output is not None:
-        return write(args.output, counted, number_name, notes)
-    with contextlib.closing(counted):
-        show_rows(counted)
-    return 0
+    to_file = args.output is not None or (sys.stdout.seekable() and not sys.stdout.isatty())
+    with contextlib.ExitStack() as stack:
+        if to_file:
+            answers = [itertools.chain.from_iterable(answers)]
+        if to_file and sys.stderr.isatty():
+            answers = [stack.enter_context(make_bar()).track(*answers, total, description="")]
+        for rows in answers:
+            deliver(rows, names)
+    return 2 if failed else 0
 
 
 def main(arguments=None):

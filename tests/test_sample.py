@@ -94,29 +94,39 @@ def test_a_pipe_is_answered_line_by_line_until_nobody_reads_the_answers():
         assert process.returncode == 0
 
 
-def test_prompts_that_can_not_be_answered_are_named_and_the_others_answered(invent):
-    prompts = "ok\nnaïÏve\nyes\na b\n" + "x" * 99 + "\n\udcff\n"
-    lines, err = invent("--num_samples", 2, stdin=prompts, status=2)
+def test_prompts_that_can_not_be_answered_are_named_and_the_others_answered(invent, tmp_path):
+    prompts = "ok\nnaïÏve\nyes\na b\n" + "x" * 99 + "\n"
+    arguments = ["--num_samples", 2, "--seed", 1]
+    lines, err = invent(*arguments, stdin=prompts, status=2)
     assert len(lines) == 2 * 2
     reasons = {
         2: "the model never saw 'Ï'",
         4: "the model never saw ' '",
         5: "it has 99 characters, but max_len is 15",
-        6: "the model never saw the non-UTF-8 byte 0xff within",
     }
     for (number, reason), error in zip(reasons.items(), err.splitlines(), strict=True):
         assert error.startswith(f"sample.py: error: prompt {number}: {reason}")
+    arguments += ["--output", (path := tmp_path / "words.txt")]
+    assert invent(*arguments, stdin=prompts, status=2)[1] == f"{err}{path} holds 4 sequences\n"
+    assert path.read_text().splitlines() == lines
+    _, err = invent(*arguments, stdin="a b\n", status=2)
+    assert err.endswith(f"sample.py: error: no prompt can be answered, so {path} is not written\n")
+    assert path.read_text().splitlines() == lines
 
 
 def test_prompts_that_are_no_text_get_one_line(invent):
     damaged = "\ufefffirst\n".encode("utf-16-le") + b"\x00\xd8\n\0"
-    _, err = invent(stdin=damaged.decode("latin1"), encoding="latin1", status=2)
-    assert err == "sample.py: error: prompt 1 is not UTF-16; save the prompts as UTF-8\n"
+    for prompts, reason in (
+        (damaged, "not UTF-16 from"),
+        (b"th\n\xff\n", "byte 0xff is not UTF-8"),
+    ):
+        _, err = invent(stdin=prompts.decode("latin1"), encoding="latin1", status=2)
+        assert re.fullmatch(rf"sample.py: error: standard input: -, line \d: {reason} .*\n", err)
 
 
 def test_a_bug_is_not_taken_for_a_mistake_of_the_user():
     with pytest.raises(ValueError, match="invalid literal"):
-        sample.answer_all(int, ["not a number"])
+        list(sample.answer_all(int, ["not a number"], []))
 
 
 @pytest.mark.parametrize("arguments", [[], ["--output", "words.txt"]])
@@ -183,7 +193,7 @@ def test_seed_temperature_and_max_len_are_obeyed(invent):
         ("--most_likely 3 --seed 1", "--most_likely can't be combined with --seed; omit one"),
         ("--score ~/missing", f"--score: can't read {os.path.expanduser('~')}/missing: No such"),
         ("--score latin.txt", "--score: latin.txt, line 1: byte 0xe9 is not UTF-8"),
-        ("--exclude -", "--exclude reads standard input, as prompts do; pass --prompt too"),
+        ("--exclude -", "--exclude: - holds no sequences"),
         ("--output=~/", f"--output: '{os.path.expanduser('~')}/' is not a regular file; pass one"),
         ("--output new.XLSX", "--output: can't write .XLSX; pass a .csv, which spreadsheets open"),
         ("--weights_path text.h5 --output text.h5", "text.h5 is the file of --weights_path; pass"),
@@ -435,7 +445,7 @@ def test_an_output_that_can_not_be_written_leaves_the_old_one(tmp_path):
     with open(path) as old:
         for options, message in (
             ({"input": "th\n" * 99, **limit}, "can't write the output: File too large"),
-            ({"input": "th\na b\n"}, "error: prompt 2: the model never saw ' '"),
+            ({"input": "th\n\0\n"}, "error: standard input: -, line 2: a NUL character"),
             ({"stdin": old}, f"{path} is the file of standard input; pass another one"),
         ):
             process = run("sample.py", "--output", path, **options)
