@@ -869,7 +869,7 @@ def replacing(path):
         raise
 
 
-def load(path):
+def load(path, checkpoint=False):
     """Reads a model from the file that `save` wrote.
 
     Nothing in the file is executed, no other file is opened, and no size that
@@ -877,11 +877,13 @@ def load(path):
 
     Args:
         path: str or path-like.
+        checkpoint: bool, whether to return what continuing needs, too.
 
     Returns:
-        Tuple `(model, metadata)`: a `SequenceModel` and the dict given to
-        `save`, with its format. Beside the `alphabet`, `max_len`, `units` and
-        `layers` of the network, train.py notes there the `loader_class`, the
+        Tuple `(model, metadata)`, or `(model, metadata, checkpoint)`: a `SequenceModel`,
+        the dict given to `save`, with its format, and the list of arrays given
+        to `save`, empty if the file holds none. Beside the `alphabet`, `max_len`, `units`
+        and `layers` of the network, train.py notes in the dict the `loader_class`, the
         `settings` by the names of their flags, hashes of the `data` and of
         `init_from`, `epochs`, how many were wanted, and the `history`: a list of
         the `loss` and one of the `val_loss` of each epoch, in nats per character.
@@ -896,107 +898,109 @@ def load(path):
     >>> metadata["units"], metadata["layers"], len(metadata["history"]["loss"])
     (256, 2, 1)
     """
-    with _opened(path) as file:
-        return _read_model(file)
-
-
-def load_checkpoint(path):
-    """Reads a model and what continuing its training needs, both of the same epoch.
-
-    Args:
-        path: str or path-like.
-
-    Returns:
-        Tuple `(model, metadata, checkpoint)`: what `load` returns, and the list
-        of arrays given to `save`, empty if the file holds none.
-
-    Raises:
-        OSError, UserError: as `load` does.
-    """
-    with _opened(path) as file:
-        trained, metadata = _read_model(file)
-        if CHECKPOINT not in file:
-            return trained, metadata, []
-        count = len(_follow(file, CHECKPOINT))
-        if count > 16 * (metadata["layers"] + 1):
-            raise _ReadError(f"it holds a larger checkpoint than {metadata['layers']} layers need")
-        found = [_find_array(file, f"{CHECKPOINT}/{index}") for index in range(count)]
-        # Hard links can give the same bytes many names.
-        if sum(array.nbytes for array in found) > file.id.get_filesize():
-            raise _ReadError("its arrays claim more bytes than it has")
-        return trained, metadata, [_read_array(array, sys.float_info.max) for array in found]
-
-
-class _ReadError(ValueError):
-    pass
-
-
-@contextlib.contextmanager
-def _opened(path):
-    # Yields an h5py.File; whatever is wrong with the file becomes one ValueError.
-    # A pipe or a device could block or never end; `open` refuses a folder.
-    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+    # A pipe or a device could block or never end.
+    if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path} is not a regular file")
     with open(path, "rb"):  # whose errors are clearer than those of h5py
         pass
     try:
         with h5py.File(path, "r", locking=False) as file:
-            yield file
+            found = _read_model(file)
+            return (*found, _read_checkpoint(file)) if checkpoint else found
     except (OSError, RuntimeError, TypeError, ValueError, LookupError) as error:
-        reason = str(error.args[0] if error.args else error).partition("\n")[0]
+        reason = str(error).partition("\n")[0]
         if "signature not found" in reason:
             reason = "it is not an HDF5 file"
-        elif not isinstance(error, _ReadError):
+        elif not isinstance(error, UserError):
             reason = f"it is damaged: {reason}"
         raise UserError(f"{path} is not a model that train.py saved: {reason}") from None
+
+
+def _require(condition, reason):
+    if not condition:
+        raise UserError(reason)
 
 
 def _read_model(file):
     metadata = _read_metadata(file)
     symbols, layers = metadata["alphabet"], metadata["layers"]
     shapes = weight_shapes(len(symbols), metadata["units"], layers)
-    weights = [
-        _read_array(_find_array(file, f"model_weights/{layer}/{name}", shape), LARGEST_WEIGHT)
-        for (layer, name), shape in shapes.items()
-    ]
-    if len(file["model_weights"]) != layers + 1:
-        raise _ReadError(f"it holds more layers than the {layers} it declares")
+    places = {f"model_weights/{layer}/{name}": shape for (layer, name), shape in shapes.items()}
+    weights = _read_arrays(file, places, LARGEST_WEIGHT)
+    count = len(file["model_weights"])
+    _require(count == layers + 1, f"it holds more layers than the {layers} it declares")
     return SequenceModel(Alphabet(symbols), metadata["max_len"], weights), metadata
 
 
 def _read_metadata(file):
-    if METADATA not in file.attrs:
-        raise _ReadError(f"it has no attribute {METADATA!r}")
-    attribute = file.attrs.get_id(METADATA)
+    attribute = file.attrs.get_id(METADATA) if METADATA in file.attrs else None
     # One of a variable size, once damaged, can make HDF5 hang.
-    if attribute.dtype.kind != "S" or attribute.shape != ():
-        raise _ReadError(f"its attribute {METADATA!r} is not fixed-length text")
-    if attribute.dtype.itemsize > METADATA_SIZE:
-        raise _ReadError(f"its attribute {METADATA!r} is longer than {METADATA_SIZE} bytes")
-    try:
-        metadata = json.loads(bytes(file.attrs[METADATA]).decode())
-    except (ValueError, RecursionError):
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise _ReadError(f"its attribute {METADATA!r} is not a JSON object")
-    if metadata.get("format") != FORMAT:
-        raise _ReadError(f"this version reads format {FORMAT}, and it has another")
+    _require(
+        attribute
+        and attribute.dtype.kind == "S"
+        and attribute.shape == ()
+        and attribute.dtype.itemsize <= METADATA_SIZE,
+        f"it has no attribute {METADATA!r} with text of up to {METADATA_SIZE:,} bytes",
+    )
+    metadata = json.loads(bytes(file.attrs[METADATA]).decode())
+    same = isinstance(metadata, dict) and metadata.get("format") == FORMAT
+    _require(same, f"this version reads format {FORMAT}, and it has another")
     symbols = metadata.get("alphabet")
-    if not isinstance(symbols, str) or not 2 <= len(symbols) <= LIMITS["alphabet"]:
-        raise _ReadError(f"its alphabet is not a string of 2 to {LIMITS['alphabet']} characters")
-    if len(set(symbols)) < len(symbols):
-        raise _ReadError("its alphabet holds a character twice")
-    if any("\ud800" <= symbol <= "\udfff" for symbol in symbols):
-        raise _ReadError("its alphabet holds a lone surrogate, which is no character")
+    _require(
+        isinstance(symbols, str)
+        and 2 <= len(symbols) == len(set(symbols)) <= LIMITS["alphabet"]
+        and not any("\ud800" <= symbol <= "\udfff" for symbol in symbols),
+        f"its alphabet is not a string of 2 to {LIMITS['alphabet']:,} different characters",
+    )
     for key in ("max_len", "units", "layers"):
         number = metadata.get(key)
-        if type(number) is not int or not 1 <= number <= LIMITS[key]:
-            raise _ReadError(f"its {key} is not a whole number from 1 to {LIMITS[key]}")
-    units, layers, size = metadata["units"], metadata["layers"], file.id.get_filesize()
-    shapes = weight_shapes(len(symbols), units, layers).values()
-    if 4 * sum(map(math.prod, shapes)) > size:
-        raise _ReadError(f"{layers} layers of {units} units can't fit in a file of {size} bytes")
+        suits = type(number) is int and 1 <= number <= LIMITS[key]
+        _require(suits, f"its {key} is not a whole number from 1 to {LIMITS[key]:,}")
     return metadata
+
+
+def _read_checkpoint(file):
+    if CHECKPOINT not in file:
+        return []
+    count = len(_follow(file, CHECKPOINT))
+    most = 16 * len(file["model_weights"])
+    _require(count <= most, f"it holds a larger checkpoint than {most // 16 - 1} layers need")
+    places = {f"{CHECKPOINT}/{index}": None for index in range(count)}
+    return _read_arrays(file, places, sys.float_info.max)
+
+
+def _read_arrays(file, places, largest):
+    # Returns the arrays at several places, given with the shape that each should have.
+    found = [_find_array(file, name, shape) for name, shape in places.items()]
+    # Hard links can give the same bytes many names.
+    size = sum(each.nbytes for each in found)
+    _require(size <= file.id.get_filesize(), "its arrays claim more bytes than it has")
+    arrays = [each[()] for each in found]
+    for name, array in zip(places, arrays):
+        holds = f"{name} holds NaN, or numbers beyond ±{largest:.3g}"
+        _require(is_within(array, largest), holds)
+    return arrays
+
+
+def _find_array(file, name, shape):
+    # Returns an h5py.Dataset that can be read at no risk; of any shape and kind of
+    # number if none is given, else float32.
+    found = _follow(file, name)
+    # Checked first: asking a virtual dataset for its shape would open other files.
+    _require(
+        isinstance(found, h5py.Dataset)
+        and found.id.get_offset() is not None  # neither virtual nor compressed, and written
+        and not found.id.get_create_plist().get_external_count(),
+        f"{name} is not an array stored in one piece",
+    )
+    numbers = found.dtype.kind in "fiu" and found.shape is not None
+    _require(numbers, f"{name} is not an array of numbers")
+    _require(
+        shape is None or (found.shape, found.dtype) == (shape, np.float32),
+        f"{name} should have shape {shape} and dtype float32. "
+        f"Received: shape {found.shape}, dtype {found.dtype}",
+    )
+    return found
 
 
 def _follow(file, name):
@@ -1004,41 +1008,10 @@ def _follow(file, name):
     # external one could lead to another place, even another file.
     found = file
     for part in name.split("/"):
-        if not isinstance(found, h5py.Group) or not isinstance(
-            found.get(part, getlink=True), h5py.HardLink
-        ):
-            raise _ReadError(f"it has no {name}")
+        link = found.get(part, getlink=True) if isinstance(found, h5py.Group) else None
+        _require(isinstance(link, h5py.HardLink), f"it has no {name}")
         found = found[part]
     return found
-
-
-def _find_array(file, name, shape=None):
-    # Returns an h5py.Dataset that can be read at no risk; of any shape and kind of
-    # number if none is given, else float32.
-    found = _follow(file, name)
-    # Checked first: asking a virtual dataset for its shape would open other files.
-    layout = found.id.get_create_plist() if isinstance(found, h5py.Dataset) else None
-    if not layout or layout.get_layout() != h5py.h5d.CONTIGUOUS or layout.get_external_count():
-        raise _ReadError(f"{name} is not an array stored in one piece")
-    if found.dtype.kind not in "fiu" or found.shape is None:
-        raise _ReadError(f"{name} is not an array of numbers")
-    if shape and (found.shape != shape or found.dtype != np.float32):
-        raise _ReadError(
-            f"{name} should have shape {shape} and dtype float32. "
-            f"Received: shape {found.shape}, dtype {found.dtype}"
-        )
-    if found.id.get_offset() is None:
-        raise _ReadError(f"{name} was never written")
-    if found.nbytes > file.id.get_filesize():
-        raise _ReadError(f"{name} claims more bytes than the file has")
-    return found
-
-
-def _read_array(found, largest):
-    array = found[()]
-    if not is_within(array, largest):
-        raise _ReadError(f"{found.name[1:]} holds NaN, or numbers beyond ±{largest:.3g}")
-    return array
 
 
 def is_within(array, largest):
