@@ -98,11 +98,11 @@ class Alphabet:
     def respellings(self, index):
         """Returns the ids that can't follow a character, given by its id, in composed text.
 
-        With one of them it would spell what another character of the alphabet
-        spells: U+0301 after `e`, if there is an `é`.
+        With one of them it would spell what other characters of the alphabet do:
+        U+0301 after `e`, if there is an `é`.
         """
         found = []
-        for mark in self.marks if index else ():  # the sentinel is no part of the text
+        for mark in self.marks:
             pair = self.symbols[index] + mark
             composed = unicodedata.normalize("NFC", pair)
             if composed != pair and self._knows(composed):
@@ -114,16 +114,14 @@ class Alphabet:
 
         Raises:
             UserError: if `text` holds the sentinel or a character that is
-                not in the alphabet; the message names them.
+                not in the alphabet; the message names up to ten.
         """
         points = code_points(text)
         ids = self._ids[points]
         if not ids.all():
-            unknown = [name_character(chr(point)) for point in np.unique(points[ids == 0])]
-            more = f" and {len(unknown) - 10:,} others" if len(unknown) > 10 else ""
-            raise UserError(
-                f"the model never saw {', '.join(unknown[:10])}{more} within a sequence"
-            )
+            unknown = np.unique(points[ids == 0])[:10]
+            names = ", ".join(name_character(chr(point)) for point in unknown)
+            raise UserError(f"the model never saw {names} within a sequence")
         return ids
 
     def decode(self, ids):
@@ -382,12 +380,8 @@ def build_layers(
     from keras.initializers import GlorotUniform, Orthogonal
     from keras.layers import LSTM, Dense, Dropout
 
-    rng = np.random.default_rng(seed)
-
-    def draw():
-        # keras.utils.set_random_seed would import TensorFlow on every backend.
-        return int(rng.integers(2**31))
-
+    # keras.utils.set_random_seed would import TensorFlow on every backend.
+    seeds = iter(np.random.default_rng(seed).integers(2**31, size=4 * layers + 1).tolist())
     built = [Input((None, alphabet_size), name="characters")]
     make_lstm = make_lstm_by_hand if by_hand else LSTM
     for layer in range(1, layers + 1):
@@ -395,13 +389,13 @@ def build_layers(
             units,
             recurrent_dropout=recurrent_dropout,
             return_sequences=True,
-            kernel_initializer=GlorotUniform(draw()),
-            recurrent_initializer=Orthogonal(seed=draw()),
-            seed=draw(),
+            kernel_initializer=GlorotUniform(next(seeds)),
+            recurrent_initializer=Orthogonal(seed=next(seeds)),
+            seed=next(seeds),
             name=f"lstm_{layer}",
         )
-        built += [lstm, Dropout(dropout, seed=draw(), name=f"dropout_{layer}")]
-    kernel = GlorotUniform(draw())
+        built += [lstm, Dropout(dropout, seed=next(seeds), name=f"dropout_{layer}")]
+    kernel = GlorotUniform(next(seeds))
     built.append(Dense(alphabet_size, "softmax", kernel_initializer=kernel, name="next_character"))
     return built
 
@@ -487,11 +481,9 @@ class SequenceModel:
         # σ(x) = tanh(x / 2) / 2 + 1 / 2, so that one tanh then serves all four.
         parts = [array.reshape(-1, 4, self._units) for array in weights]
         gates = np.empty((4, sum(map(len, parts)), self._units), np.float32)
-        start = 0
-        for part in parts:
-            rows = slice(start, start := start + len(part))
-            for gate, source in enumerate((0, 1, 3, 2)):  # i, f, o, g of i, f, g, o
-                np.multiply(part[:, source], 0.5 if gate < 3 else 1, out=gates[gate, rows])
+        for gate, source in zip(gates, (0, 1, 3, 2)):  # i, f, o, g of i, f, g, o
+            np.concatenate([part[:, source] for part in parts], out=gate)
+        gates[:3] *= 0.5
         return gates
 
     def start(self, rows=1):
@@ -538,27 +530,20 @@ class SequenceModel:
             np.multiply(o, np.tanh(cell, out=g), out=hidden[:, -units:])
         return hidden[:, -units:] @ self._kernel + self._bias
 
-    def read(self, text):
-        """Reads the sentinel and then a text, a str.
-
-        Returns what `step` gave for the last character and the `State` then, both
-        of one row. Raises a UserError if the text holds an unknown character.
-        """
-        state = self.start()
-        for index in (0, *self.alphabet.encode(text)):
-            logits = self.step(np.array([index]), state)
-        return logits, state
-
     def read_prompt(self, prompt):
-        """Reads like `read`, but rules out what no sequence that was learned can go on with.
+        """Reads the sentinel and a prompt, a str, that may be empty; what follows it may not.
 
-        None was empty; and see `follow`.
+        Returns what `follow` gave for the last character and the `State` then, both
+        of one row. Raises a UserError if the prompt holds an unknown character.
         """
-        logits, state = self.read(prompt)
+        *begin, last = 0, *self.alphabet.encode(prompt)
+        state = self.start()
+        for index in begin:
+            self.step(np.array([index]), state)
+        logits = self.follow(np.array([last]), state)
         if not prompt:
             logits[:, 0] = -np.inf
-        last = [0, *self.alphabet.encode(prompt)][-1:]
-        return self._keep_composed(logits, np.array(last)), state
+        return logits, state
 
     def follow(self, ids, state):
         """Reads like `step`, but rules out a second spelling of any text.
@@ -566,12 +551,9 @@ class SequenceModel:
         Text is composed before it is learned, so a letter is never followed by an
         accent where the alphabet has both as one character.
         """
-        return self._keep_composed(self.step(ids, state), ids)
-
-    def _keep_composed(self, logits, ids):
-        for index in np.unique(ids) if self.alphabet.marks else ():
-            rows = np.flatnonzero(ids == index)
-            logits[rows[:, None], self.alphabet.respellings(index)] = -np.inf
+        logits = self.step(ids, state)
+        for index in {*ids.tolist()} - {0} if self.alphabet.marks else ():
+            logits[np.ix_(ids == index, self.alphabet.respellings(index))] = -np.inf
         return logits
 
     def prepare(self, prompt, max_len, temperature, top_k, top_p):
@@ -585,9 +567,9 @@ class SequenceModel:
         self.alphabet.encode(prompt)  # raises if the model can't read it
         if len(prompt) > max_len:
             raise UserError(f"it has {len(prompt)} characters, but max_len is {max_len}")
-        shaping = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        distribution(np.zeros(1), **shaping)  # raises a ValueError where sampling would
-        return prompt, max_len, functools.partial(distribution, **shaping)
+        shape = functools.partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
+        shape(np.zeros(1))  # raises a ValueError where sampling would
+        return prompt, max_len, shape
 
     def chunk_size(self, max_len):
         """Returns how many sequences of up to `max_len` characters to work on at a time, an int."""
@@ -811,17 +793,15 @@ def _describe_network(metadata):
     # not know. What is left out is its default.
     characters, units = len(metadata["alphabet"]), metadata["units"]
     dropout = metadata.get("settings", {}).get("dropout", 0.0)
-    layers = [("InputLayer", {"name": "characters", "batch_shape": (None, None, characters)})]
+
+    def layer(name, **config):
+        return dict(module="keras.layers", class_name=name, config=config, registered_name=None)
+
+    layers = [layer("InputLayer", name="characters", batch_shape=(None, None, characters))]
     for number in range(1, metadata["layers"] + 1):
-        config = {"name": f"lstm_{number}", "units": units, "return_sequences": True}
-        layers.append(("LSTM", config))
-        layers.append(("Dropout", {"name": f"dropout_{number}", "rate": dropout}))
-    config = {"name": "next_character", "units": characters, "activation": "softmax"}
-    layers.append(("Dense", config))
-    layers = [
-        {"module": "keras.layers", "class_name": name, "config": config, "registered_name": None}
-        for name, config in layers
-    ]
+        layers.append(layer("LSTM", name=f"lstm_{number}", units=units, return_sequences=True))
+        layers.append(layer("Dropout", name=f"dropout_{number}", rate=dropout))
+    layers.append(layer("Dense", name="next_character", units=characters, activation="softmax"))
     network = {"class_name": "Sequential", "config": {"name": METADATA, "layers": layers}}
     training = dict.fromkeys(("loss_weights", "metrics", "weighted_metrics"))
     training["loss"] = "sparse_categorical_crossentropy"
@@ -841,32 +821,25 @@ def replacing(path):
     path = os.path.realpath(path)
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
-    exists = os.path.exists(path)
-    mode = os.stat(path).st_mode & 0o777 if exists else 0o666  # less what the user's mask forbids
+    # Less what the user's mask forbids; a secret must not be readable meanwhile.
+    mode = os.stat(path).st_mode & 0o777 if os.path.exists(path) else 0o666
     if os.access(path, os.W_OK) and not os.access(folder, os.W_OK):
         folder = tempfile.gettempdir()
     temporary = os.path.join(folder, f".{name[:50]}.{secrets.token_hex(4)}.tmp")
-    opener = functools.partial(os.open, mode=mode)
     try:
-        with open(temporary, "xb", opener=opener) as file:
+        with open(temporary, "xb", opener=functools.partial(os.open, mode=mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if exists:
-            with contextlib.suppress(OSError):  # some file systems have no permissions
-                os.chmod(temporary, mode)
+        with contextlib.suppress(OSError):  # there is no file yet, or there are no permissions
+            shutil.copymode(path, temporary)
         try:
             os.replace(temporary, path)
         except OSError:
-            if not os.access(path, os.W_OK):
-                raise
-            with open(temporary, "rb") as source, open(path, "wb") as target:
-                shutil.copyfileobj(source, target)
-            os.unlink(temporary)
-    except BaseException:
+            shutil.copyfile(temporary, path)
+    finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        raise
 
 
 def load(path, checkpoint=False):
@@ -993,8 +966,7 @@ def _find_array(file, name, shape):
         and not found.id.get_create_plist().get_external_count(),
         f"{name} is not an array stored in one piece",
     )
-    numbers = found.dtype.kind in "fiu" and found.shape is not None
-    _require(numbers, f"{name} is not an array of numbers")
+    _require(found.dtype.kind in "fiu" and found.shape is not None, f"{name} holds no numbers")
     _require(
         shape is None or (found.shape, found.dtype) == (shape, np.float32),
         f"{name} should have shape {shape} and dtype float32. "
@@ -1100,9 +1072,9 @@ def run_script(parser, run, args, lower):
         parser.error(f"can't write {error.filename or 'the output'}: {error.strerror}")
     except KeyboardInterrupt as stop:
         catch_signals(signal.SIG_IGN)  # it is stopping already
-        number, told = (*stop.args, "")[:2] if stop.args else (signal.SIGINT, "")
+        number, *told = stop.args or [signal.SIGINT]
         with contextlib.suppress(OSError):  # of a terminal that has gone
-            print(printable(f"Stopped: {told}") if told else "Stopped", file=sys.stderr)
+            print(printable(": ".join(["Stopped", *told])), file=sys.stderr)
         return 128 + number
     finally:
         for number, handler in before.items():
@@ -1123,8 +1095,8 @@ def catch_signals(handler=interrupt):
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
-    names = {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}  # Windows has no SIGHUP
-    before = {number: signal.getsignal(number) for number in map(signal.Signals.__getitem__, names)}
+    caught = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    before = {number: signal.getsignal(number) for number in caught}
     for number, old in before.items():
         if old != signal.SIG_IGN:
             signal.signal(number, handler)
@@ -1171,10 +1143,9 @@ def check_target(flag, path, inputs):
     with naming(flag, path, "write"):
         with contextlib.suppress(FileNotFoundError):
             os.stat(path)  # which fails for a name that is too long, or a circular link
-        folder = pathlib.Path(os.path.realpath(path)).parent
-        existing = next(each for each in (folder, *folder.parents) if each.exists())
         if not os.access(path, os.W_OK):
-            with tempfile.TemporaryFile(dir=existing):
+            folders = pathlib.Path(os.path.realpath(path)).parents
+            with tempfile.TemporaryFile(dir=next(filter(os.path.exists, folders))):
                 pass
 
 
