@@ -794,8 +794,8 @@ def _describe_network(metadata):
     characters, units = len(metadata["alphabet"]), metadata["units"]
     dropout = metadata.get("settings", {}).get("dropout", 0.0)
 
-    def layer(name, **config):
-        return dict(module="keras.layers", class_name=name, config=config, registered_name=None)
+    def layer(kind, **config):
+        return dict(module="keras.layers", class_name=kind, config=config, registered_name=None)
 
     layers = [layer("InputLayer", name="characters", batch_shape=(None, None, characters))]
     for number in range(1, metadata["layers"] + 1):
