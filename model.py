@@ -31,7 +31,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import unicodedata
 
 import h5py
@@ -91,9 +90,8 @@ class Alphabet:
     @functools.cached_property
     def marks(self):
         """Those of the characters that can compose with the one before them, a list of str."""
-        composing = re.compile("[\u1161-\u1175\u11a8-\u11c2]")
-        symbols = self.symbols[1:]
-        return [s for s in symbols if unicodedata.category(s)[0] == "M" or composing.match(s)]
+        jamo = re.compile("[\u1161-\u1175\u11a8-\u11c2]")
+        return [s for s in self.symbols[1:] if unicodedata.category(s)[0] == "M" or jamo.match(s)]
 
     def respellings(self, index):
         """Returns the ids that can't follow a character, given by its id, in composed text.
@@ -238,10 +236,9 @@ def run_lstm(projected, recurrent_kernel, kept_hidden, kept_cell):
         projected: float32 tensor `(steps, batch, 4 × units)`: the inputs times
             the kernel, plus the bias.
         recurrent_kernel: float32 tensor `(units, 4 × units)`.
-        kept_hidden, kept_cell: float32 tensors `(steps, batch, units)` or
-            `(steps, batch, 1)`: what the outputs and the cell of the step
-            before are multiplied by when a step reads them, 0 where a sequence
-            begins.
+        kept_hidden, kept_cell: float32 tensors `(steps, batch, units or 1)` by which a
+            step multiplies the outputs and the cell of the one before, 0 where a
+            sequence begins.
 
     Returns:
         Float32 tensor `(steps, batch, units)`: the outputs.
@@ -309,26 +306,19 @@ def run_lstm(projected, recurrent_kernel, kept_hidden, kept_cell):
 
 
 def make_lstm_by_hand(units, recurrent_dropout=0.0, **options):
-    """Makes a `keras.layers.LSTM` that learns through `run_lstm`.
+    """Makes a `keras.layers.LSTM` that, called with a mask, runs `run_lstm`.
 
-    Called with a mask, it runs `run_lstm`. The mask does not say which steps to
-    skip, as in Keras, but where the state is kept: it is False at the first step
-    of each sequence in a row. Without a mask it is Keras's own layer, without
-    recurrent dropout.
+    The mask does not say which steps to skip, as in Keras, but where the state is
+    kept: it is False at the first step of each sequence in a row. Without one it is
+    Keras's own layer, without recurrent dropout.
 
-    Args:
-        units, options: as `keras.layers.LSTM` takes them.
-        recurrent_dropout: float, the share of each row's outputs that
-            the layer does not read back, the same ones at every step (Gal and
-            Ghahramani 2016). Keras's own uses a separate mask for each gate
-            and so needs four products per step where this needs one.
-
-    Returns:
-        The layer, of a subclass of `keras.layers.LSTM`.
+    `recurrent_dropout` is the share of each row's outputs that the layer does not read
+    back, the same ones at every step (Gal and Ghahramani 2016). Keras's own uses a
+    separate mask for each gate and so needs four products per step where this needs one.
     """
     from keras import layers, ops, random
 
-    class LSTM(layers.LSTM):  # named as Keras's own, because `save` writes the class's name
+    class LSTM(layers.LSTM):
         def inner_loop(self, sequences, initial_state, mask, training=False):
             if mask is None:
                 return super().inner_loop(sequences, initial_state, mask, training)
@@ -360,10 +350,9 @@ def build_layers(
         alphabet_size: int, how many characters there are, sentinel included.
         units: int, the width of each LSTM layer.
         layers: int, how many there are.
-        dropout: float between 0 and 1, the share of each layer's outputs
-            that is dropped while training.
-        recurrent_dropout: float between 0 and 1, as in `make_lstm_by_hand`
-            or, without `by_hand`, as in `keras.layers.LSTM`.
+        dropout: float, the share of each layer's outputs that is dropped in training.
+        recurrent_dropout: float, as in `make_lstm_by_hand` or, without `by_hand`, as
+            in `keras.layers.LSTM`.
         seed: int or None, makes the initial weights and the dropout repeatable.
         by_hand: bool, whether the LSTM layers come from `make_lstm_by_hand`.
 
@@ -376,14 +365,13 @@ def build_layers(
     >>> network.count_params()
     214939
     """
-    from keras import Input
     from keras.initializers import GlorotUniform, Orthogonal
-    from keras.layers import LSTM, Dense, Dropout
+    from keras.layers import LSTM, Dense, Dropout, Input
 
     # keras.utils.set_random_seed would import TensorFlow on every backend.
     seeds = iter(np.random.default_rng(seed).integers(2**31, size=4 * layers + 1).tolist())
-    built = [Input((None, alphabet_size), name="characters")]
     make_lstm = make_lstm_by_hand if by_hand else LSTM
+    built = [Input((None, alphabet_size), name="characters")]
     for layer in range(1, layers + 1):
         lstm = make_lstm(
             units,
@@ -461,15 +449,13 @@ class SequenceModel:
         *lstm, self._kernel, self._bias = weights
         self._units = len(self._kernel)
         self._layers = []
-        for index in range(0, len(lstm), 3):
-            kernel, recurrent_kernel, bias = lstm[index : index + 3]
-            if index == 0:
-                # A one-hot row times a matrix is a row of that matrix.
+        for kernel, recurrent_kernel, bias in zip(lstm[::3], lstm[1::3], lstm[2::3]):
+            if self._layers:
+                self._layers.append((self._by_gate(kernel, recurrent_kernel), self._by_gate(bias)))
+            else:  # a one-hot row times a matrix is a row of that matrix
                 offsets = self._by_gate(kernel)
                 offsets += self._by_gate(bias)
                 self._layers.append((self._by_gate(recurrent_kernel), offsets))
-            else:
-                self._layers.append((self._by_gate(kernel, recurrent_kernel), self._by_gate(bias)))
 
     def __repr__(self):
         network = f"{len(self._layers)} × LSTM({self._units}), {len(self.alphabet) - 1} characters"
@@ -933,13 +919,11 @@ def _read_metadata(file):
 
 
 def _read_checkpoint(file):
-    if CHECKPOINT not in file:
-        return []
-    count = len(_follow(file, CHECKPOINT))
-    most = 16 * len(file["model_weights"])
-    _require(count <= most, f"it holds a larger checkpoint than {most // 16 - 1} layers need")
-    places = {f"{CHECKPOINT}/{index}": None for index in range(count)}
-    return _read_arrays(file, places, sys.float_info.max)
+    count = len(_follow(file, CHECKPOINT)) if CHECKPOINT in file else 0
+    layers = len(file["model_weights"]) - 1
+    _require(count <= 16 * layers + 16, f"it holds a larger checkpoint than {layers} layers need")
+    names = [f"{CHECKPOINT}/{index}" for index in range(count)]
+    return _read_arrays(file, dict.fromkeys(names), sys.float_info.max)
 
 
 def _read_arrays(file, places, largest):
@@ -1093,13 +1077,12 @@ def catch_signals(handler=interrupt):
     handled each until now, a dict by number; it is empty where Python allows no
     handlers, outside the main thread.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    caught = [each for each in signal.Signals if each.name in ("SIGINT", "SIGTERM", "SIGHUP")]
-    before = {number: signal.getsignal(number) for number in caught}
-    for number, old in before.items():
-        if old != signal.SIG_IGN:
-            signal.signal(number, handler)
+    before = {}
+    with contextlib.suppress(ValueError):
+        for each in signal.Signals:  # Windows has no SIGHUP
+            caught = each.name in ("SIGINT", "SIGTERM", "SIGHUP")
+            if caught and signal.getsignal(each) != signal.SIG_IGN:
+                before[each] = signal.signal(each, handler)
     return before
 
 
