@@ -443,9 +443,7 @@ class SequenceModel:
     """
 
     def __init__(self, alphabet, max_len, weights):
-        self.alphabet = alphabet
-        self.max_len = max_len
-        self.weights = weights
+        self.alphabet, self.max_len, self.weights = alphabet, max_len, weights
         *lstm, self._kernel, self._bias = weights
         self._units = len(self._kernel)
         self._layers = []
@@ -543,18 +541,18 @@ class SequenceModel:
         return logits
 
     def prepare(self, prompt, max_len, temperature, top_k, top_p):
-        """Checks what `sample` is asked for.
+        """Checks what `sample` is asked for: raises as it does.
 
-        Returns the prompt in the form that the model can read, the longest
-        sequence, and `distribution` as a function of logits alone.
+        Returns the prompt as the model can read it, the longest sequence, and `distribution`
+        as a function of logits alone.
         """
         max_len = self.max_len if max_len is None else max_len
         prompt = self.alphabet.normalize(prompt)
-        self.alphabet.encode(prompt)  # raises if the model can't read it
+        self.alphabet.encode(prompt)  # for what it raises
         if len(prompt) > max_len:
             raise UserError(f"it has {len(prompt)} characters, but max_len is {max_len}")
         shape = functools.partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
-        shape(np.zeros(1))  # raises a ValueError where sampling would
+        shape(np.zeros(1))  # likewise
         return prompt, max_len, shape
 
     def chunk_size(self, max_len):
@@ -566,24 +564,21 @@ class SequenceModel:
     def sample(
         self, prompt="", count=1, temperature=1.0, top_k=None, top_p=None, max_len=None, seed=None
     ):
-        """Invents sequences.
+        """Invents sequences, none of them empty.
 
         Each next character is drawn from the model's distribution, until the
-        sentinel is drawn or the sequence has `max_len` characters. No
-        sequence is empty.
+        sentinel is drawn or the sequence has `max_len` characters.
 
         Args:
             prompt: str, what each sequence starts with; may be empty.
             count: int, how many sequences; None goes on forever.
             temperature, top_k, top_p: as in `distribution`.
             max_len: int or None, the longest sequence; None is the model's.
-            seed: what `numpy.random.default_rng` takes: an int for the same
-                sequences each time, None for others, or a
-                `numpy.random.Generator`. A sequence depends on the seed and
-                its index alone, so that a larger count or
-                `max_len` begins with the sequences of a smaller one. (Sums
-                are rounded a little differently in batches of another size;
-                that changes about one sequence in 100,000.)
+            seed: what `numpy.random.default_rng` takes: an int for the same sequences
+                each time, None for others, or a `Generator`. A sequence depends on the
+                seed and its index alone, so that a larger count or `max_len` begins with
+                the sequences of a smaller one. (Sums are rounded a little differently in
+                batches of another size; that changes about one sequence in 100,000.)
 
         Returns:
             An iterator of str, each with the prompt, composed (NFC).
@@ -607,9 +602,8 @@ class SequenceModel:
         while count is None or start < count:
             # Without a count a few may be enough, so the batches start small and double.
             batch = min(most, max(start, 128) if count is None else count - start)
-            draws = functools.partial(_draw, key, start, batch)
             rows = logits.repeat(batch, axis=0), state.take(np.zeros(batch, int))
-            invented = self._finish(*rows, steps, to_probabilities, draws)
+            invented = self._finish(*rows, steps, to_probabilities, key, start)
             text = self.alphabet.decode(invented[invented > 0])
             end = 0
             for length in np.count_nonzero(invented, axis=1).tolist():
@@ -617,7 +611,7 @@ class SequenceModel:
                 yield unicodedata.normalize("NFC", prompt + text[begin:end])
             start += batch
 
-    def _finish(self, logits, state, steps, to_probabilities, draws):
+    def _finish(self, logits, state, steps, to_probabilities, key, start):
         # Returns the ids of what follows each row's prompt, padded with 0.
         ids = np.zeros(len(logits), int)
         places = np.arange(len(logits))  # where each row's sequence stands among all of them
@@ -626,7 +620,7 @@ class SequenceModel:
             if step:
                 logits = self.follow(ids, state)
             if step % DRAWS == 0:
-                block = draws(step // DRAWS)
+                block = _draw(key, start, len(invented), step // DRAWS)
             ids = _choose(to_probabilities(logits), block[places, step % DRAWS])
             invented[places, step] = ids
             # The last rows that go on take the places of those that have ended.
@@ -670,19 +664,14 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
 
     Args:
         logits: array `(..., alphabet)`; `-inf` is impossible.
-        temperature: float ≥ 0 that divides the logits: below 1 makes likely
-            characters likelier, above 1 evens them out, 0 always takes the
-            likeliest.
-        top_k: int or None, how many characters remain, the likeliest.
-        top_p: float or None, keeps the smallest set of likeliest characters
-            whose probabilities add up to this.
+        temperature: float ≥ 0 that divides the logits: below 1 makes likely characters
+            likelier, above 1 evens them out, 0 always takes the likeliest.
+        top_k: int ≥ 1 or None, how many characters remain, the likeliest.
+        top_p: float from 0 to 1 or None, keeps the smallest set of likeliest
+            characters whose probabilities add up to this.
 
     Returns:
-        Float64 array of that shape.
-
-    Raises:
-        ValueError: if `temperature` is below 0, `top_k` below 1 or `top_p`
-            not from 0 to 1.
+        Float64 array of that shape. Raises a ValueError if an argument is out of range.
 
     Example:
 
@@ -721,11 +710,7 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
 
 
 def save(path, weights, metadata, checkpoint=()):
-    """Writes a model's file: all of it or, should anything fail, nothing.
-
-    The layout is Keras's own for a whole model in HDF5, so that
-    `keras.models.load_model(path)` returns it compiled and ready. Beside it
-    stand the metadata and the checkpoint.
+    """Writes a model's file, which `keras.models.load_model(path)` returns compiled and ready.
 
     Args:
         path: str or path-like, replaced if it exists.
@@ -774,9 +759,9 @@ def save(path, weights, metadata, checkpoint=()):
 
 
 def _describe_network(metadata):
-    # What Keras needs to build and compile the network. Its own get_config() imports
-    # TensorFlow on every backend, and says things that another version of Keras 3 would
-    # not know. What is left out is its default.
+    # What Keras needs to build and compile the network, less its defaults. Its own
+    # get_config() imports TensorFlow on every backend, and says things that another
+    # version of Keras 3 would not know.
     characters, units = len(metadata["alphabet"]), metadata["units"]
     dropout = metadata.get("settings", {}).get("dropout", 0.0)
 
@@ -836,16 +821,15 @@ def load(path, checkpoint=False):
 
     Args:
         path: str or path-like.
-        checkpoint: bool, whether to return what continuing needs, too.
+        checkpoint: bool, whether to return the checkpoint, too.
 
     Returns:
-        Tuple `(model, metadata)`, or `(model, metadata, checkpoint)`: a `SequenceModel`,
-        the dict given to `save`, with its format, and the list of arrays given
-        to `save`, empty if the file holds none. Beside the `alphabet`, `max_len`, `units`
-        and `layers` of the network, train.py notes in the dict the `loader_class`, the
-        `settings` by the names of their flags, hashes of the `data` and of
-        `init_from`, `epochs`, how many were wanted, and the `history`: a list of
-        the `loss` and one of the `val_loss` of each epoch, in nats per character.
+        Tuple `(model, metadata)` or `(model, metadata, checkpoint)`: a `SequenceModel`
+        and what was given to `save`, the metadata with its `format`. Beside what
+        `save` needs, train.py notes there the `loader_class`, the `settings` by the
+        names of their flags, hashes of the `data` and of `init_from`, `epochs`, how many
+        were wanted, and the `history`: a list of the `loss` and one of the `val_loss`
+        of each epoch, in nats per character.
 
     Raises:
         OSError: if the file can't be opened.
@@ -886,8 +870,7 @@ def _read_model(file):
     shapes = weight_shapes(len(symbols), metadata["units"], layers)
     places = {f"model_weights/{layer}/{name}": shape for (layer, name), shape in shapes.items()}
     weights = _read_arrays(file, places, LARGEST_WEIGHT)
-    count = len(file["model_weights"])
-    _require(count == layers + 1, f"it holds more layers than the {layers} it declares")
+    _require(len(file["model_weights"]) == layers + 1, f"it holds more than its {layers} layers")
     return SequenceModel(Alphabet(symbols), metadata["max_len"], weights), metadata
 
 
@@ -902,7 +885,8 @@ def _read_metadata(file):
         f"it has no attribute {METADATA!r} with text of up to {METADATA_SIZE:,} bytes",
     )
     metadata = json.loads(bytes(file.attrs[METADATA]).decode())
-    same = isinstance(metadata, dict) and metadata.get("format") == FORMAT
+    _require(isinstance(metadata, dict), f"its attribute {METADATA!r} is not a JSON object")
+    same = metadata.get("format") == FORMAT
     _require(same, f"this version reads format {FORMAT}, and it has another")
     symbols = metadata.get("alphabet")
     _require(
@@ -934,8 +918,7 @@ def _read_arrays(file, places, largest):
     _require(size <= file.id.get_filesize(), "its arrays claim more bytes than it has")
     arrays = [each[()] for each in found]
     for name, array in zip(places, arrays):
-        holds = f"{name} holds NaN, or numbers beyond ±{largest:.3g}"
-        _require(is_within(array, largest), holds)
+        _require(is_within(array, largest), f"{name} holds NaN, or numbers beyond ±{largest:.3g}")
     return arrays
 
 
@@ -981,13 +964,9 @@ def is_within(array, largest):
 class CommandLine(argparse.ArgumentParser):
     """An `argparse.ArgumentParser` whose every error is one line on stderr.
 
-    Like its parent it exits with status 2. It accepts no abbreviations, since a
-    new flag could change their meaning.
-
-    Args:
-        model_flag, flag: str, the flag that was probably forgotten before a word
-            that ends in `.h5`, and before any other.
-        options: as its parent takes them.
+    It accepts no abbreviations, since a new flag could change their meaning.
+    `model_flag` and `flag` are probably forgotten before a word that ends in `.h5`,
+    and before any other.
     """
 
     def __init__(self, model_flag, flag, **options):
@@ -1020,8 +999,7 @@ def within(kind, low, high):
 
     def parse(text):
         with contextlib.suppress(ValueError):
-            number = kind(text)
-            if low <= number <= high:
+            if low <= (number := kind(text)) <= high:
                 return number
         raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low:,} to {high:,}")
 
@@ -1073,16 +1051,15 @@ def interrupt(number, frame):
 def catch_signals(handler=interrupt):
     """Handles Ctrl-C, SIGTERM, and SIGHUP, which a closed terminal sends.
 
-    What was ignored before, as `nohup` does with SIGHUP, still is. Returns what
-    handled each until now, a dict by number; it is empty where Python allows no
-    handlers, outside the main thread.
+    What is ignored, as `nohup` does with SIGHUP, still is. Returns what handled each
+    until now, a dict by number.
     """
     before = {}
-    with contextlib.suppress(ValueError):
-        for each in signal.Signals:  # Windows has no SIGHUP
-            caught = each.name in ("SIGINT", "SIGTERM", "SIGHUP")
-            if caught and signal.getsignal(each) != signal.SIG_IGN:
-                before[each] = signal.signal(each, handler)
+    with contextlib.suppress(ValueError):  # outside the main thread Python allows no handlers
+        for number in signal.Signals:
+            caught = number.name in ("SIGINT", "SIGTERM", "SIGHUP")
+            if caught and signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
     return before
 
 
@@ -1165,11 +1142,10 @@ def discard(stream):
 
 
 def printable(text):
-    """Returns a str that can't steer the terminal it is shown on.
+    """Returns a str that can't steer the terminal it is shown on: with escapes, but for `JOINERS`.
 
-    Characters that Python calls not printable (control and format characters,
-    line ends, lone surrogates), and those that are `INVISIBLE`, are replaced by
-    their escapes, but for `JOINERS`.
+    They replace what Python calls not printable (control and format characters, line
+    ends, lone surrogates) and what is `INVISIBLE`.
     """
     if text.isascii() and text.isprintable():
         return text
