@@ -26,7 +26,6 @@ import math
 import os
 import pathlib
 import re
-import secrets
 import shutil
 import signal
 import sys
@@ -110,9 +109,7 @@ class Alphabet:
     def encode(self, text):
         """Returns the ids of a str's characters, an int32 array of the same length.
 
-        Raises:
-            UserError: if `text` holds the sentinel or a character that is
-                not in the alphabet; the message names up to ten.
+        Raises a UserError if the alphabet lacks one, or one is the sentinel; it names up to ten.
         """
         points = code_points(text)
         ids = self._ids[points]
@@ -480,15 +477,14 @@ class SequenceModel:
     def step(self, ids, state):
         """Reads one character of each of several sequences.
 
-        Each layer computes Hochreiter and Schmidhuber's LSTM with forget
-        gates, as `keras.layers.LSTM` does: with `i, f, g, o` the four parts
-        of `x·kernel + h·recurrent_kernel + bias`,
+        Each layer computes Hochreiter and Schmidhuber's LSTM with forget gates, as
+        `keras.layers.LSTM` does: with `i, f, g, o` the four parts of
+        `x·kernel + h·recurrent_kernel + bias`,
         `c ← σ(f)·c + σ(i)·tanh(g)` and `h ← σ(o)·tanh(c)`.
 
         Args:
             ids: int array `(batch,)`.
-            state: `State` of at least `batch` rows. The first `batch` of them
-                are updated in place; the others stay.
+            state: `State`. Its first `batch` rows are updated in place; others stay.
 
         Returns:
             Float32 array `(batch, alphabet)`: logits, whose softmax is the
@@ -741,9 +737,8 @@ def save(path, weights, metadata, checkpoint=()):
         for place in (file, group):
             place.attrs["keras_version"] = keras.__version__
             place.attrs["backend"] = keras.backend.backend()
-        network, training = _describe_network(metadata)
-        file.attrs["model_config"] = json.dumps(network)
-        file.attrs["training_config"] = json.dumps(training)
+        for name, config in _describe_network(metadata).items():
+            file.attrs[name] = json.dumps(config)
         text = json.dumps({**metadata, "format": FORMAT}, ensure_ascii=False)
         file.attrs[METADATA] = np.bytes_(text.encode())
         layers = list(dict.fromkeys(layer for layer, _ in shapes))
@@ -777,7 +772,7 @@ def _describe_network(metadata):
     training = dict.fromkeys(("loss_weights", "metrics", "weighted_metrics"))
     training["loss"] = "sparse_categorical_crossentropy"
     training["optimizer_config"] = {"class_name": "Adam", "config": {}}
-    return network, training
+    return {"model_config": network, "training_config": training}
 
 
 @contextlib.contextmanager
@@ -796,7 +791,7 @@ def replacing(path):
     mode = os.stat(path).st_mode & 0o777 if os.path.exists(path) else 0o666
     if os.access(path, os.W_OK) and not os.access(folder, os.W_OK):
         folder = tempfile.gettempdir()
-    temporary = os.path.join(folder, f".{name[:50]}.{secrets.token_hex(4)}.tmp")
+    temporary = os.path.join(folder, f".{name[:50]}.{os.urandom(4).hex()}.tmp")
     try:
         with open(temporary, "xb", opener=functools.partial(os.open, mode=mode)) as file:
             yield file
@@ -885,8 +880,7 @@ def _read_metadata(file):
         f"it has no attribute {METADATA!r} with text of up to {METADATA_SIZE:,} bytes",
     )
     metadata = json.loads(bytes(file.attrs[METADATA]).decode())
-    _require(isinstance(metadata, dict), f"its attribute {METADATA!r} is not a JSON object")
-    same = metadata.get("format") == FORMAT
+    same = isinstance(metadata, dict) and metadata.get("format") == FORMAT
     _require(same, f"this version reads format {FORMAT}, and it has another")
     symbols = metadata.get("alphabet")
     _require(
@@ -1010,10 +1004,10 @@ def run_script(parser, run, args, lower):
     """Returns the exit status of a script's `run(args)`; what stops it becomes a line on stderr.
 
     Args:
-        parser: the script's `CommandLine`.
-        run: function that returns an exit status. It may raise a `UserError`, or a
-            KeyboardInterrupt with a signal's number and a str that says what was kept.
-        args: what `parser` parsed.
+        parser: the script's `CommandLine`, for its name and errors.
+        run: function that may raise a `UserError`, or a KeyboardInterrupt with a
+            signal's number and a str that says what was kept.
+        args: what `run` takes.
         lower: str, the flags to lower if there is not enough memory.
     """
     for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
