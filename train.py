@@ -777,7 +777,7 @@ def read_earlier_run(path, metadata, validated, schedule):
     ways_out = "pass --overwrite to start over, or another --save_path"
     with model.naming("--save_path", path):
         try:
-            best, found, checkpoint = model.load_checkpoint(path)
+            best, found, checkpoint = model.load(path, checkpoint=True)
         except UserError as error:
             raise UserError(f"{error}; {ways_out}") from None
     then, now = identify(found), identify(metadata)

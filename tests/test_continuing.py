@@ -80,7 +80,7 @@ def test_a_run_that_is_killed_often_ends_with_the_same_bits(folder, undisturbed,
         assert status in (0, -signal.SIGKILL)
         kills += status != 0
         if SAVED.exists():
-            _, metadata, checkpoint = model.load_checkpoint(SAVED)
+            _, metadata, checkpoint = model.load(SAVED, checkpoint=True)
             assert 1 <= len(metadata["history"]["loss"]) <= 60
             assert checkpoint
         if status == 0:

@@ -337,7 +337,7 @@ def test_a_failed_save_leaves_the_file_as_it_was(tmp_path):
         model.save(path, weights, metadata, [object()])
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["model.h5"]
-    loaded, found, (checkpoint,) = model.load_checkpoint(path)
+    loaded, found, (checkpoint,) = model.load(path, checkpoint=True)
     assert found == {"format": model.FORMAT, **metadata}
     np.testing.assert_array_equal(checkpoint, [0, 1, 2])
     for ours, theirs in zip(loaded.weights, weights):
@@ -355,7 +355,7 @@ def test_what_is_read_is_of_one_epoch_while_another_program_saves(tmp_path):
     with concurrent.futures.ThreadPoolExecutor() as pool:
         writer = pool.submit(lambda: [save(epoch) for epoch in range(1, 100)])
         while not writer.done():
-            trained, metadata, (checkpoint,) = model.load_checkpoint(path)
+            trained, metadata, (checkpoint,) = model.load(path, checkpoint=True)
             seen.add((trained.weights[-1][0], metadata["epoch"], checkpoint[0]))
         writer.result()
     assert len(seen) > 1
@@ -526,7 +526,7 @@ def test_arrays_that_share_their_bytes_are_refused(copy, count, message):
         for index in range(len(checkpoint), count):
             checkpoint[str(index)] = largest
     with pytest.raises(UserError, match=message):
-        model.load_checkpoint(copy)
+        model.load(copy, checkpoint=True)
 
 
 def test_a_pipe_is_refused_at_once(tmp_path):

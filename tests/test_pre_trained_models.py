@@ -18,7 +18,7 @@ import model
 def test_a_shipped_model_is_small_and_freed_of_what_continuing_needs(stem):
     path = HERE / f"{stem}.h5"
     assert path.stat().st_size < 8_000_000
-    trained, _, checkpoint = model.load_checkpoint(path)
+    trained, _, checkpoint = model.load(path, checkpoint=True)
     assert checkpoint == []
     assert set("".join(build.read_list(stem))) == set(trained.alphabet.symbols[1:])
     assert trained.alphabet.sentinel == ("\n" if stem == NAMES else " ")

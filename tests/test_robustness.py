@@ -60,7 +60,7 @@ def test_a_signal_stops_the_training_as_ctrl_c_does(folder, number, status):
     assert err == "Stopped: link.h5 keeps the last whole epoch; the same command continues\n"
     assert sorted(os.listdir(folder)) == ["link.h5", "sequences.txt", "target.h5"]
     assert (folder / "link.h5").is_symlink()
-    _, _, checkpoint = model.load_checkpoint(folder / "target.h5")
+    _, _, checkpoint = model.load(folder / "target.h5", checkpoint=True)
     assert checkpoint
 
 
