@@ -84,11 +84,11 @@ def finish(child):
     return child.before, child.wait()
 
 
-def assert_one_line_error(process, script):
-    """Asserts that a run failed as a user's mistake should."""
+def assert_refused(process, message):
+    """Asserts that a run failed as a user's mistake should, with a message, a pattern."""
     assert process.returncode == 2
-    assert process.stdout == ""
-    assert re.fullmatch(f"{script}: error: .*\n", process.stderr)
+    assert re.fullmatch(rf"\w+\.py: error: .*{message}.*\n", process.stderr)
+    assert not process.stdout or "train.py" in process.stderr
 
 
 @pytest.fixture
