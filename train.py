@@ -64,8 +64,7 @@ DEFAULTS = {
     },
 }  # fmt: skip
 SHIPPED = pathlib.Path(__file__).parent / "pre_trained_models" / "user_names_10000.h5"
-# What is different for a network that has learned before.
-FINE_TUNING = {"learning_rate": 0.01, "dropout": 0.5, "recurrent_dropout": 0.3}
+FINE_TUNING_RATE = 0.005  # the learning rate for a network that has learned before
 # What makes two runs the same run, besides their data and network.
 SETTINGS = (
     "dropout", "recurrent_dropout", "batch_size", "learning_rate", "validation_split", "seed"
@@ -254,12 +253,15 @@ def choose_settings(args, characters, source):
     A network narrower than the usual one gets dropout in proportion to its width.
     """
     settings = next(each for most, each in DEFAULTS.items() if characters <= most)
-    settings = {"units": UNITS, **settings, **(FINE_TUNING if source else {})}
-    width = (args.units or UNITS) / UNITS
-    if width < 1:
-        for name in ("dropout", "recurrent_dropout"):
-            settings[name] = round(settings[name] * width, 3)
-    settings["validation_split"] = min(VALIDATION_SPLIT, LARGEST_VALIDATION / characters)
+    width = min(1, (args.units or UNITS) / UNITS)
+    settings = {
+        "units": UNITS,
+        **settings,
+        "dropout": round(settings["dropout"] * width, 3),
+        "recurrent_dropout": round(settings["recurrent_dropout"] * width, 3),
+        "learning_rate": FINE_TUNING_RATE if source else settings["learning_rate"],
+        "validation_split": min(VALIDATION_SPLIT, LARGEST_VALIDATION / characters),
+    }
     chosen = {name: value for name, value in settings.items() if getattr(args, name) is None}
     vars(args).update(chosen)
     return chosen
