@@ -191,15 +191,19 @@ def build_corpus(sequences, sentinel="\n", max_len=None, characters=""):
     most, iterator = max_len or DEFAULT_MAX_LEN, iter(sequences)
     used = np.zeros(sys.maxunicode + 1, bool)
     used[code_points(characters)] = True
-    blocks, sizes, ends = [], [], 0
+    blocks, lengths, dropped, longest = [], [], 0, 0
     # Some at a time, because a str takes many times the memory of its characters.
     while texts := list(itertools.islice(iterator, 4096)):
         kept = (text + sentinel if len(text) <= most else text[:most] for text in texts)
         points = code_points("".join(kept))
         used[points] = True
-        ends += np.count_nonzero(points == ord(sentinel))
         blocks.append(points.astype(np.min_scalar_type(points.max())))
-        sizes.append(np.fromiter(map(len, texts), np.int64, len(texts)))
+        whole = np.fromiter(map(len, texts), np.int64, len(texts))
+        lengths.append((np.minimum(whole, most) + (whole <= most)).astype(np.int32))
+        dropped += int(np.maximum(whole - most, 0).sum())
+        longest = max(longest, int(whole.max()))
+        if np.count_nonzero(points == ord(sentinel)) > np.count_nonzero(whole <= most):
+            raise ValueError(f"sequences contain the sentinel, {sentinel!r}")
     used[ord(sentinel)] = False
     symbols = sentinel + "".join(map(chr, np.flatnonzero(used)))
     if not blocks or len(symbols) == 1:
@@ -209,22 +213,19 @@ def build_corpus(sequences, sentinel="\n", max_len=None, characters=""):
             f"{len(symbols) - 1:,} different characters are more than the "
             f"{LIMITS['alphabet'] - 1:,} that a model can have; is this a file of text?"
         )
-    whole = np.concatenate(sizes)
-    if ends > np.count_nonzero(whole <= most):
-        raise ValueError(f"sequences contain the sentinel, {sentinel!r}")
-    lengths = (np.minimum(whole, most) + (whole <= most)).astype(np.int32)
     ids = np.zeros(len(used), np.min_scalar_type(len(symbols) - 1))
     ids[code_points(symbols)] = np.arange(len(symbols))
-    targets = np.empty(lengths.sum(dtype=np.int64), ids.dtype)
+    targets = np.empty(sum(map(len, blocks)), ids.dtype)
     end = len(targets)
-    while blocks:
+    while blocks:  # which makes room for the next
         block = blocks.pop()
         targets[end - len(block) : end] = ids[block]
         end -= len(block)
-    starts = lengths.cumsum(dtype=np.int64) - lengths
-    dropped = int(np.maximum(whole - most, 0).sum())
+    lengths = np.concatenate(lengths)
+    starts = lengths.cumsum(dtype=np.int64)
+    starts -= lengths
     return Corpus(
-        Alphabet(symbols), max_len or min(int(whole.max()), most), targets, starts, lengths, dropped
+        Alphabet(symbols), max_len or min(longest, most), targets, starts, lengths, dropped
     )
 
 

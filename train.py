@@ -280,8 +280,8 @@ def split(corpus, fraction):
     kinds, counts = np.unique(hashes[hashes < limit], return_counts=True)
     # What occurs often is held out less likely: a model never invents what it did not learn.
     order = np.argsort(kinds.astype(float) * counts)
-    chosen = np.sort(kinds[order[counts[order].cumsum() <= most]])
-    held_out = np.append(chosen, 0)[np.searchsorted(chosen, hashes)] == hashes
+    chosen = kinds[order[counts[order].cumsum() <= most]]
+    held_out = np.concatenate([np.isin(block, chosen) for block in in_blocks(hashes)])
     return tuple(np.flatnonzero(side).astype(np.int32) for side in (~held_out, held_out))
 
 
