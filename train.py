@@ -286,18 +286,17 @@ def split(corpus, fraction):
 
 
 def hash_sequences(corpus):
-    """Returns a hash of each sequence, a uint64 array."""
+    """Returns a hash of each sequence, a uint32 array."""
     rng = np.random.default_rng(0)
     of_id, of_step = (
         rng.integers(2**64, size=size, dtype=np.uint64)
         for size in (len(corpus.alphabet), corpus.max_len + 1)
     )
-    hashes = np.empty(len(corpus), np.uint64)
-    for indices in in_blocks(np.arange(len(corpus))):
+    hashes = np.empty(len(corpus), np.uint32)
+    for indices in in_blocks(np.arange(len(corpus), dtype=np.int32)):
         places, steps = corpus.locate(indices)
-        hashes[indices] = np.add.reduceat(
-            of_id[corpus.targets[places]] * of_step[steps], np.flatnonzero(steps == 0)
-        )
+        products = of_id[corpus.targets[places]] * of_step[steps]
+        hashes[indices] = np.add.reduceat(products, np.flatnonzero(steps == 0)) >> 32
     return hashes
 
 
