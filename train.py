@@ -50,19 +50,15 @@ SENTINEL, UNITS, VALIDATION_SPLIT = "\n", 128, 0.1
 # and molecules. The less there is to learn from, the more is dropped, and the smaller and
 # more are the steps.
 DEFAULTS = {
-    20_000: {
-        "layers": 1, "dropout": 0.5, "recurrent_dropout": 0.5,
-        "batch_size": 8, "epochs": 30, "learning_rate": 0.02,
-    },
-    300_000: {
-        "layers": 2, "dropout": 0.3, "recurrent_dropout": 0.3,
-        "batch_size": 16, "epochs": 15, "learning_rate": 0.01,
-    },
-    math.inf: {
-        "layers": 2, "dropout": 0.3, "recurrent_dropout": 0.0,
-        "batch_size": 32, "epochs": 15, "learning_rate": 0.01,
-    },
-}  # fmt: skip
+    1_500: (1, 0.5, 0.5, 4, 30, 0.02),
+    20_000: (1, 0.5, 0.5, 8, 30, 0.02),
+    300_000: (2, 0.3, 0.3, 16, 15, 0.01),
+    math.inf: (2, 0.3, 0.0, 32, 15, 0.01),
+}
+DEFAULT_FLAGS = (
+    "layers", "dropout", "recurrent_dropout", "batch_size", "epochs", "learning_rate"
+)  # fmt: skip
+SHORT = 20_000  # characters of a list that is better learned by a model of others
 SHIPPED = pathlib.Path(__file__).parent / "pre_trained_models" / "user_names_10000.h5"
 FINE_TUNING_RATE = 0.005  # the learning rate for a network that has learned before
 # What makes two runs the same run, besides their data and network.
@@ -252,7 +248,8 @@ def choose_settings(args, characters, source):
 
     A network narrower than the usual one gets dropout in proportion to its width.
     """
-    settings = next(each for most, each in DEFAULTS.items() if characters <= most)
+    values = next(values for most, values in DEFAULTS.items() if characters <= most)
+    settings = dict(zip(DEFAULT_FLAGS, values))
     width = min(1, (args.units or UNITS) / UNITS)
     settings = {
         "units": UNITS,
@@ -1274,7 +1271,7 @@ def tell_what_was_read(args, data, source):
     flags = " ".join(f"--{name} {value:g}" for name, value in data.chosen.items())
     if flags:
         say(f"Chosen for this much data: {flags}")
-    if not source and len(corpus.targets) <= min(DEFAULTS):
+    if not source and len(corpus.targets) <= SHORT:
         say(
             "Starting from a model of similar sequences usually predicts better where there is so "
             f"little data: --init_from {shlex.quote(os.path.relpath(SHIPPED))}"

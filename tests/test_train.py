@@ -157,7 +157,7 @@ def test_invented_sequences_are_new_held_out_or_learned(trained):
     assert sum(map(len, found.values())) == 10 * train.SHOWN
     assert len(found["new"]) > 40
     texts, parts = decode(corpus), train.split(corpus, 0.1)
-    data = train.Data(corpus, *parts, None)
+    data = train.Data(corpus, *parts, None, {})
     for name, part in zip(("learned", "held out"), parts):
         known = {texts[index] for index in part}
         assert train.find_place(data, texts[part[0]]) == name
