@@ -8,6 +8,7 @@ whole of it.
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import hashlib
 import importlib.util
@@ -70,6 +71,7 @@ FINE_TUNING = {"learning_rate": 0.01, "dropout": 0.5, "recurrent_dropout": 0.3}
 SETTINGS = (
     "dropout", "recurrent_dropout", "batch_size", "learning_rate", "validation_split", "seed"
 )  # fmt: skip
+WAYS_OUT = "pass --overwrite to start over, or another --save_path"
 SHOWN = 8  # sequences that are invented after each epoch
 LINE_WIDTH = 100  # characters that are shown of each
 LARGEST_NETWORK = 2**30  # weights; Adam and the best epoch take four times as many numbers
@@ -475,41 +477,6 @@ def choose_depth(corpus, batch_size, operations):
     return max(1, min(LARGEST_STACK[name] // size for name, size in sizes.items()))
 
 
-class Schedule(typing.NamedTuple):
-    """How long to train. An epoch, to `fit` and in the history, is a part of a pass.
-
-    Attributes:
-        passes: int, how often all sequences are learned, as `--epochs` says.
-        parts: int, into how many equal parts a pass is divided.
-        patience: int or None, after how many passes without a better one to stop.
-    """
-
-    passes: int
-    parts: int
-    patience: int | None
-
-    @property
-    def epochs(self):
-        """How many parts there are in all, an int."""
-        return self.passes * self.parts
-
-    def is_finished(self, history):
-        """Returns whether a run with these losses so far has nothing left to do."""
-        waited = epochs_since_best(history)
-        out_of_patience = self.patience is not None and waited >= self.patience * self.parts
-        return out_of_patience or len(history["loss"]) >= self.epochs
-
-    def name(self, epoch):
-        """Returns how to call an epoch of `fit`, from 0, a str."""
-        number, part = divmod(epoch, self.parts)
-        name = f"Epoch {number + 1}/{self.passes}"
-        return name if self.parts == 1 else f"{name}, part {part + 1}/{self.parts}"
-
-    def count(self, epochs):
-        """Returns how many passes so many epochs of `fit` are, a str."""
-        return f"{epochs / self.parts:.6g}"
-
-
 # The network
 
 
@@ -719,23 +686,89 @@ def extend_weights(weights, alphabet, source):
     return [kernel, *lstm, extended, offsets.astype(np.float32)]
 
 
-# An earlier run
+# A run and its file
 
 
-class Earlier(typing.NamedTuple):
-    """What an earlier run left at `--save_path`, or a beginning.
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come. An epoch, to `fit` and in the history, is a part of a pass."""
 
-    Attributes:
-        history: dict, the losses so far; it grows.
-        weights: list of arrays, those of the best epoch so far, or None.
-        checkpoint: list of arrays, the variables that training continues with, or empty.
-        stamp: what `stamp` says of the file.
-    """
+    metadata: dict  # for `model.save`; its "history" has the losses so far
+    path: str  # of the file
+    log_dir: str | None  # for losses.csv
+    leads: bool  # whether this process writes both; of a group, only the first does
+    parts: int  # epochs of a pass
+    epochs: int  # in all
+    patience: int | None  # epochs without a better one, after which to stop
+    weights: list | None = None  # of the best epoch
+    checkpoint: list = ()  # the variables that training continues with
 
-    history: dict
-    weights: list | None
-    checkpoint: list
-    stamp: tuple | None
+    def __post_init__(self):
+        self.speeds, self.written = [], stamp(self.path)
+
+    @property
+    def history(self):
+        """The losses of all epochs so far, two lists by name."""
+        return self.metadata["history"]
+
+    @property
+    def done(self):
+        """How many epochs that is."""
+        return len(self.history["loss"])
+
+    @property
+    def best(self):
+        """Which of them is best, from 1; the last one if nothing is held out."""
+        losses = self.history["val_loss"]
+        return losses.index(min(losses)) + 1 if losses else self.done
+
+    @property
+    def is_finished(self):
+        """Whether nothing is left to do."""
+        patience = self.patience or self.epochs
+        return self.done >= self.epochs or self.done - self.best >= patience
+
+    @property
+    def kept(self):
+        """What the file holds now, a str."""
+        return f"{self.path} keeps the last whole epoch" if self.done else "nothing new was saved"
+
+    def name(self, epoch):
+        """Returns how to call an epoch of `fit`, from 0, a str."""
+        number, part = divmod(epoch, self.parts)
+        name = f"Epoch {number + 1}/{self.epochs // self.parts}"
+        return name if self.parts == 1 else f"{name}, part {part + 1}/{self.parts}"
+
+    def count(self, epochs):
+        """Returns how many passes so many epochs of `fit` are, a str."""
+        return f"{epochs / self.parts:.6g}"
+
+    def save(self, checkpoint):
+        """Writes the file, unless another program has done so."""
+        if stamp(self.path) not in (None, self.written):
+            raise UserError(
+                f"--save_path: another program has written {self.path} since this one did; "
+                "pass another --save_path"
+            )
+        with model.naming("--save_path", self.path, "write"):
+            model.save(self.path, self.weights, self.metadata, checkpoint)
+        self.written = stamp(self.path)
+
+    def write_losses(self):
+        """Writes losses.csv anew, so that it holds whatever epoch the model's file holds."""
+        columns = {name: losses for name, losses in self.history.items() if losses}
+        epochs = map(self.count, range(1, self.done + 1))
+        rows = [("epoch", *columns), *zip(epochs, *columns.values())]
+        path = os.path.join(self.log_dir, "losses.csv")
+        with model.naming("--log_dir", self.log_dir, "write"), model.replacing(path) as file:
+            file.writelines(f"{','.join(map(str, row))}\n".encode() for row in rows)
+
+
+def stamp(path):
+    """Returns what tells a file from the one that replaces it, or None if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        found = os.stat(path)
+        return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def describe(args, data, source):
@@ -758,8 +791,7 @@ def describe(args, data, source):
 
 def identify(metadata):
     """Returns all that makes two runs the same, a flat dict, given a run's metadata."""
-    names = "init_from", "data", "units", "layers", "max_len"
-    settings = metadata.get("settings")
+    names, settings = ("init_from", "data", "units", "layers", "max_len"), metadata.get("settings")
     return {
         "sentinel": metadata["alphabet"][0],
         **{name: metadata.get(name) for name in names},
@@ -767,20 +799,35 @@ def identify(metadata):
     }
 
 
-def read_earlier_run(path, metadata, validated, schedule):
-    """Returns the losses, the best weights and the checkpoint of the run at `--save_path`.
+def continue_run(progress, group):
+    """Sets `Progress` to what its file holds, if there is one.
 
-    Raises a `UserError` if it isn't the run that this one's `metadata` describes: what
-    counts is what the flags mean, not how they were typed. `validated` tells
-    whether there is anything to validate with.
+    Of a group, process 0 reads it; if it refuses that, all stop.
     """
-    ways_out = "pass --overwrite to start over, or another --save_path"
+    refusal = None
+    if progress.leads and progress.written:
+        try:
+            read_earlier_run(progress)
+        except UserError as error:
+            refusal = str(error)
+    if group[1] > 1:
+        refusal, progress.metadata["history"] = broadcast([refusal, progress.history])
+    if refusal:
+        raise UserError(refusal)
+
+
+def read_earlier_run(progress):
+    """Does that; raises a `UserError` if it is another run.
+
+    What counts is what the flags mean, not how they were typed.
+    """
+    path, ways_out = progress.path, WAYS_OUT
     with model.naming("--save_path", path):
         try:
-            best, found, checkpoint = model.load_checkpoint(path)
+            best, found, progress.checkpoint = model.load_checkpoint(path)
         except UserError as error:
             raise UserError(f"{error}; {ways_out}") from None
-    then, now = identify(found), identify(metadata)
+    progress.weights, then, now = best.weights, identify(found), identify(progress.metadata)
     for name in now:
         if then.get(name) == now[name]:
             continue
@@ -791,25 +838,18 @@ def read_earlier_run(path, metadata, validated, schedule):
             difference = "other data (--sequence_path, --num_sequences, --max_len)"
             ways_out += f", with --init_from {path} to learn from what it knows"
         raise UserError(f"--save_path: {path} was trained with {difference}; {ways_out}")
-    history = found.get("history")
-    if not is_history(history, validated) or not (checkpoint or schedule.is_finished(history)):
+    if not (progress.checkpoint and is_history(found.get("history"))):
         raise UserError(f"--save_path: {path} lacks what continuing needs; {ways_out}")
-    return history, best.weights, checkpoint
+    progress.metadata["history"] = found["history"]
 
 
-def is_history(value, validated):
-    """Returns whether a value from a file's metadata is a history of (validated) losses."""
+def is_history(value):
+    """Returns whether a value from a file's metadata is a history."""
     match value:
         case {"loss": [*losses], "val_loss": [*held_out]}:
             are_numbers = all(type(loss) is float for loss in losses + held_out)
-            return are_numbers and len(held_out) == (len(losses) if validated else 0)
+            return are_numbers and len(held_out) in (0, len(losses))
     return False
-
-
-def epochs_since_best(history):
-    """Returns how many epochs ago the best validation loss was, 0 if there is none."""
-    losses = history["val_loss"]
-    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 # Several cores, devices and hosts
@@ -899,46 +939,20 @@ def broadcast(value):
     return json.loads(bytes(broadcast_one_to_all(np.resize(text, size))))
 
 
-def find_earlier_run(path, overwrite, metadata, group, validated, schedule):
-    """Returns the run to continue, or a beginning: `Earlier`.
-
-    Of a group, process 0 reads the file; if it refuses that, all stop.
-    """
-    (rank, processes), refusal = group, None
-    found = stamp(path)
-    history, weights, checkpoint = metadata["history"], None, []
-    if rank == 0 and found and not overwrite:
-        try:
-            history, weights, checkpoint = read_earlier_run(path, metadata, validated, schedule)
-        except UserError as error:
-            refusal = str(error)
-    if processes > 1:
-        refusal, history = broadcast([refusal, history])
-    if refusal:
-        raise UserError(refusal)
-    return Earlier(history, weights, checkpoint, found)
-
-
-def stamp(path):
-    """Returns what tells a file from the one that replaces it, or None if there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        found = os.stat(path)
-        return found.st_ino, found.st_size, found.st_mtime_ns
-
-
 # Training
 
 
-def set_variables(variables, values, path, distributed):
-    """Sets Keras variables to values that were read from `path`.
+def set_variables(variables, progress, distributed):
+    """Sets Keras variables to the checkpoint of `Progress`, if it has one.
 
     If `distributed`, all processes must call it, and get the values of process 0.
     """
+    values = progress.checkpoint or [np.asarray(each) for each in variables]
     fits = [value.shape for value in values] == [tuple(each.shape) for each in variables]
     if not (broadcast(fits) if distributed else fits):
         raise UserError(
-            f"--save_path: {path} was trained with a version of Keras whose runs this one can't "
-            "continue; pass --overwrite to start over, or another --save_path"
+            f"--save_path: {progress.path} was trained with a version of Keras whose runs this one "
+            f"can't continue; {WAYS_OUT}"
         )
     values = [value.astype(variable.dtype) for variable, value in zip(variables, values)]
     if distributed:
@@ -977,97 +991,81 @@ def as_data(arrays):
     return data.with_options(options)
 
 
-def make_callbacks(saver, teller, log_dir, history, schedule):
+def make_callbacks(progress, data, seed):
     """Returns the Keras callbacks, a list, in the order in which they must run."""
     from keras import callbacks
 
     class Bar(callbacks.ProgbarLogger):
         def on_epoch_begin(self, epoch, logs=None):
-            say(schedule.name(epoch))
+            say(progress.name(epoch))
             self.epochs = 1  # so that it does not say that itself, without the part
             super().on_epoch_begin(epoch, logs)
 
-    made = [callbacks.SwapEMAWeights(), callbacks.TerminateOnNaN(), saver]
-    if log_dir is not None:
-        with model.naming("--log_dir", log_dir, "write"):
-            os.makedirs(log_dir, exist_ok=True)
-        if not history["loss"]:  # TensorBoard would draw an earlier run into this one
-            for part in ("train", "validation"):
-                for old in pathlib.Path(log_dir, part).glob("events.out.tfevents.*"):
-                    old.unlink()
-        log = callbacks.LambdaCallback(
-            on_epoch_end=lambda epoch, logs: write_losses(log_dir, history, schedule)
-        )
-        import_tensorflow()
-        made += [log, callbacks.TensorBoard(log_dir, write_graph=False)]
+    class Keeper(callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            self.start = time.perf_counter()
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.seconds = time.perf_counter() - self.start  # without validation and saving
+
+        def on_epoch_end(self, epoch, logs=None):
+            averages = keep_epoch(progress, self.model, logs)
+            self.model.stop_training = progress.is_finished
+            progress.speeds.append(len(data.training) / progress.parts / self.seconds)
+            if not shows_bar():  # which has shown this
+                losses = " - ".join(f"{name}: {loss:.4f}" for name, loss in logs.items())
+                say(f"{progress.name(epoch)} - {losses} - {progress.speeds[-1]:,.0f} sequences/s")
+            current = SequenceModel(data.corpus.alphabet, data.corpus.max_len, averages)
+            show_invented(current, data, (seed, epoch))
+
+    made = [callbacks.SwapEMAWeights(), callbacks.TerminateOnNaN()]
     # The bar must end before anything else is printed.
-    return [*made, *([Bar()] if shows_bar() else []), teller]
+    made += [*([Bar()] if shows_bar() else []), Keeper()]
+    if progress.log_dir is None:
+        return made
+    if not progress.done:  # TensorBoard would draw an earlier run into this one
+        for part in ("train", "validation"):
+            for old in pathlib.Path(progress.log_dir, part).glob("events.out.tfevents.*"):
+                old.unlink()
+    import_tensorflow()
+    return [*made, callbacks.TensorBoard(progress.log_dir, write_graph=False)]
+
+
+def keep_epoch(progress, network, losses):
+    """Adds an epoch with these losses to `Progress`, and saves that: returns `average_weights`.
+
+    Raises a `UserError` if the run diverged.
+    """
+    averages = average_weights(network)
+    variables = network.variables + network.optimizer.variables
+    checkpoint = [np.asarray(each) for each in variables]
+    if not (
+        all(map(math.isfinite, losses.values()))
+        and all(model.is_within(array, model.LARGEST_WEIGHT) for array in averages)
+        and all(np.isfinite(array).all() for array in checkpoint)
+    ):
+        rate = progress.metadata["settings"]["learning_rate"]
+        raise UserError(
+            f"the loss of epoch {progress.count(progress.done + 1)} or a weight is NaN or too "
+            f"large; {progress.kept}; try a --learning_rate below {rate}, in another --save_path "
+            "or with --overwrite"
+        )
+    with model.holding_signals():  # the history says what is saved, and nothing else
+        for name, loss in losses.items():
+            progress.history[name].append(loss)
+        if progress.best == progress.done:
+            progress.weights = averages
+        if progress.leads:
+            progress.save(checkpoint)
+    if progress.log_dir is not None:
+        progress.write_losses()
+    return averages
 
 
 def shows_bar():
     """Returns whether Keras's bar suits the terminal: it has colors and needs some width."""
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return sys.stdout.isatty() and not plain and shutil.get_terminal_size().columns >= 80
-
-
-def write_losses(folder, history, schedule):
-    """Writes losses.csv anew, so that it holds whatever epoch the model's file holds."""
-    columns = {name: losses for name, losses in history.items() if losses}
-    epochs = (schedule.count(number) for number in range(1, len(history["loss"]) + 1))
-    rows = [("epoch", *columns), *zip(epochs, *columns.values())]
-    path = os.path.join(folder, "losses.csv")
-    with model.naming("--log_dir", folder, "write"), model.replacing(path) as file:
-        file.writelines(f"{','.join(map(str, row))}\n".encode() for row in rows)
-
-
-def make_saver(path, metadata, earlier, schedule, leads):
-    """Makes the callback that saves, and stops a run that diverged or has no patience left.
-
-    `earlier` is what there is at `path`, and `leads` tells whether this process of a
-    group writes.
-    """
-    from keras.callbacks import Callback
-
-    history = earlier.history
-
-    class Saver(Callback):
-        best_weights, written = earlier.weights, earlier.stamp
-
-        def on_epoch_end(self, epoch, logs):
-            self.weights = weights = average_weights(self.model)
-            variables = self.model.variables + self.model.optimizer.variables
-            checkpoint = [np.asarray(each) for each in variables]
-            if not (
-                all(map(math.isfinite, logs.values()))
-                and all(model.is_within(array, model.LARGEST_WEIGHT) for array in weights)
-                and all(np.isfinite(array).all() for array in checkpoint)
-            ):
-                rate, count = metadata["settings"]["learning_rate"], schedule.count(epoch + 1)
-                raise UserError(
-                    f"the loss of epoch {count} or a weight is NaN or too large; "
-                    f"{explain_kept(path, history)}; try a --learning_rate below {rate}, in "
-                    "another --save_path or with --overwrite"
-                )
-            grown = {name: [*history[name], loss] for name, loss in logs.items()}
-            with model.holding_signals():  # `history` says what is saved, and nothing else
-                if epochs_since_best({**history, **grown}) == 0:
-                    self.best_weights = weights
-                if leads:
-                    self.save({**metadata, "history": {**history, **grown}}, checkpoint)
-                history.update(grown)
-            self.model.stop_training = schedule.is_finished(history)
-
-        def save(self, metadata, checkpoint):
-            if stamp(path) not in (None, self.written):
-                raise UserError(
-                    f"--save_path: another program has written {path} since this one did; "
-                    "pass another --save_path"
-                )
-            with model.naming("--save_path", path, "write"):
-                model.save(path, self.best_weights, metadata, checkpoint)
-            self.written = stamp(path)
-
-    return Saver()
 
 
 def average_weights(network):
@@ -1080,34 +1078,6 @@ def average_weights(network):
     averages = network.get_weights()
     network.set_weights(weights)
     return averages
-
-
-def make_teller(data, schedule, seed, saver):
-    """Makes the callback that says how an epoch went and what the network invents now."""
-    from keras.callbacks import Callback
-
-    class Teller(Callback):
-        def on_train_begin(self, logs):
-            self.speeds = []
-            say("Compiling, which takes a few seconds")
-
-        def on_epoch_begin(self, epoch, logs):
-            self.start = time.perf_counter()
-
-        def on_train_batch_end(self, batch, logs):
-            self.seconds = time.perf_counter() - self.start  # without validation and saving
-
-        def on_epoch_end(self, epoch, logs):
-            self.speeds.append(len(data.training) / schedule.parts / self.seconds)
-            if not shows_bar():  # which has shown this
-                losses = " - ".join(f"{name}: {loss:.4f}" for name, loss in logs.items())
-                speed = f"{self.speeds[-1]:,.0f} sequences/s"
-                say(f"{schedule.name(epoch)} - {losses} - {speed}")
-            corpus = data.corpus
-            current = SequenceModel(corpus.alphabet, corpus.max_len, saver.weights)
-            show_invented(current, data, (seed, epoch))
-
-    return Teller()
 
 
 def show_invented(trained, data, seed):
@@ -1138,52 +1108,42 @@ def find_place(data, text):
     return "held out" if np.isin(places[0], data.held_out) else "learned"
 
 
-def fit(args, data, source, metadata, earlier, group, schedule):
-    """Trains: builds the network, sets it to an earlier run's variables and calls Keras's `fit`.
-
-    Returns the sequences per second of the median epoch, a float, without the first, in
-    which Keras compiles; None if there was no other.
-    """
+def fit(args, data, source, progress, group):
+    """Trains: builds the network, sets it to the run's variables and calls Keras's `fit`."""
     import_keras()
     import keras
 
-    corpus, done, leads = data.corpus, len(earlier.history["loss"]), group[0] == 0
-    operations = count_operations(corpus, args.units, args.layers) * args.batch_size
+    corpus, size = data.corpus, args.batch_size
+    operations = count_operations(corpus, args.units, args.layers) * size
     if keras.backend.backend() == "jax" and not args.distribute:
-        use_cores(count_rows(args.batch_size), operations)
+        use_cores(count_rows(size), operations)
     divided = keras.distribution.distribution() is not None
     devices = len(keras.distribution.list_devices()) if divided else 1
     packed = learns_by_hand(args.recurrent_dropout, args.distribute)
-    depth = choose_depth(corpus, args.batch_size, operations)
-    size, parts = args.batch_size, schedule.parts
-    learned = Batches(corpus, data.training, size, depth, packed, devices, parts)
-    updates = schedule.epochs * learned.stacks * learned.depth
+    depth = choose_depth(corpus, size, operations)
+    learned = Batches(corpus, data.training, size, depth, packed, devices, progress.parts)
+    updates = progress.epochs * learned.stacks * learned.depth
     network = prepare_network(args, data, source, packed, updates)
     variables = network.variables + network.optimizer.variables
-    if earlier.checkpoint or args.distribute:
-        values = earlier.checkpoint or [np.asarray(each) for each in variables]
-        set_variables(variables, values, args.save_path, args.distribute)
+    set_variables(variables, progress, args.distribute)
     validation = {}
     if len(data.held_out):
         size = min(VALIDATION_BATCH, len(data.held_out))
         held_out = Batches(corpus, data.held_out, size, packed=False, devices=devices)
         single = (tuple(array[:, 0] for array in stack) for stack in stream(held_out, group))
         validation = {"validation_data": as_data(single), "validation_steps": held_out.stacks}
-    saver = make_saver(args.save_path, metadata, earlier, schedule, leads)
-    teller = make_teller(data, schedule, args.seed, saver)
-    log_dir = args.log_dir if leads else None
+    say("Compiling, which takes a few seconds")
     # The data are endless; the numbers of steps say where an epoch ends.
     network.fit(
-        as_data(stream(learned, group, args.seed, done)),
+        as_data(stream(learned, group, args.seed, progress.done)),
         steps_per_epoch=learned.stacks,
         **validation,
-        initial_epoch=done,
-        epochs=schedule.epochs,
-        callbacks=make_callbacks(saver, teller, log_dir, earlier.history, schedule),
+        initial_epoch=progress.done,
+        epochs=progress.epochs,
+        callbacks=make_callbacks(progress, data, args.seed),
         verbose=1 if shows_bar() else 0,
         shuffle=False,
     )
-    return statistics.median(teller.speeds[1:]) if teller.speeds[1:] else None
 
 
 # All of it
@@ -1201,28 +1161,29 @@ def run(args):
     metadata, group = describe(args, data, source), (0, 1)
     if args.distribute:
         group = join_group(metadata, args.patience)
+    leads = group[0] == 0
     operations = count_operations(data.corpus, args.units, args.layers) * len(data.training)
     parts = math.ceil(operations / LARGEST_PART)
-    schedule = Schedule(args.epochs, parts, args.patience)
-    validated = len(data.held_out) > 0
-    earlier = find_earlier_run(args.save_path, args.overwrite, metadata, group, validated, schedule)
-    history = earlier.history
+    lengths = parts, args.epochs * parts, args.patience and args.patience * parts
+    log_dir = args.log_dir if leads else None
+    progress = Progress(metadata, args.save_path, log_dir, leads, *lengths)
+    if not args.overwrite:
+        continue_run(progress, group)
     tell_what_was_read(args, data, source)
-    done, speed = len(history["loss"]), None
-    if args.log_dir is not None and done and group[0] == 0:
-        write_losses(args.log_dir, history, schedule)
-    if schedule.is_finished(history):
-        flag = "--epochs" if done >= schedule.epochs else "--patience"
-        epochs = f"{schedule.count(done)} epochs"
+    if log_dir is not None:
+        progress.write_losses()
+    if progress.is_finished:
+        flag = "--epochs" if progress.done >= progress.epochs else "--patience"
+        epochs = f"{progress.count(progress.done)} epochs"
         say(f"The run in {args.save_path} is finished, after {epochs}; raise {flag} to go on")
     else:
-        if done:
-            say(f"Continuing {args.save_path} after epoch {schedule.count(done)}")
+        if progress.done:
+            say(f"Continuing {args.save_path} after epoch {progress.count(progress.done)}")
         try:
-            speed = fit(args, data, source, metadata, earlier, group, schedule)
+            fit(args, data, source, progress, group)
         except KeyboardInterrupt as stop:
-            kept = explain_kept(args.save_path, history)
-            if history["loss"]:
+            kept = progress.kept
+            if progress.done:
                 without = " without --overwrite" if args.overwrite else ""
                 kept += f"; the same command{without} continues"
             number = stop.args[0] if stop.args else signal.SIGINT
@@ -1232,7 +1193,7 @@ def run(args):
             if re.search("resource_?exhausted", f"{type(error).__name__} {error}", re.IGNORECASE):
                 raise MemoryError from None
             raise
-    tell_what_was_learned(args.save_path, history, schedule, speed)
+    tell_what_was_learned(progress)
     return 0
 
 
@@ -1280,37 +1241,27 @@ def tell_what_was_read(args, data, source):
         )
 
 
-def tell_what_was_learned(path, history, schedule, speed):
-    """Prints a table of what the file holds, and how to go on.
-
-    `speed` is in sequences per second, None if it is not known.
-    """
-    epochs = len(history["loss"])
-    best = epochs - 1 - epochs_since_best(history)
-    table = {"saved in": path}
-    if history["val_loss"]:
-        table["best epoch"] = f"{schedule.count(best + 1)} of {schedule.count(epochs)}"
-        if best + 1 == epochs:
+def tell_what_was_learned(progress):
+    """Prints a table of what the file holds, and how to go on."""
+    table, best = {"saved in": progress.path}, progress.best
+    if progress.history["val_loss"]:
+        table["best epoch"] = f"{progress.count(best)} of {progress.count(progress.done)}"
+        if best == progress.done:
             table["best epoch"] += "; more --epochs may help"
-    for name, losses in ("loss", history["loss"]), ("validation loss", history["val_loss"]):
-        if losses:
-            perplexity = f"perplexity {model.perplexity(losses[best]):.4g}"
-            table[name] = f"{losses[best]:.4f} nats per character, {perplexity}"
-    if speed:
-        table["speed"] = f"{speed:,.0f} sequences/s"
+    for name, key in ("loss", "loss"), ("validation loss", "val_loss"):
+        if losses := progress.history[key]:
+            perplexity = f"perplexity {model.perplexity(losses[best - 1]):.4g}"
+            table[name] = f"{losses[best - 1]:.4f} nats per character, {perplexity}"
+    if speeds := progress.speeds[1:]:  # in the first epoch Keras compiles
+        table["speed"] = f"{statistics.median(speeds):,.0f} sequences/s"
     for name, value in table.items():
         say(f"{name:17}{value}")
-    say(f"Sample from it:  python sample.py --weights_path {shlex.quote(path)}")
+    say(f"Sample from it:  python sample.py --weights_path {shlex.quote(progress.path)}")
 
 
 def say(text):
     """Prints a line that may hold text from a file."""
     print(model.printable(text))
-
-
-def explain_kept(path, history):
-    """Returns what `--save_path` holds after these losses, a str."""
-    return f"{path} keeps the last whole epoch" if history["loss"] else "nothing new was saved"
 
 
 def main(arguments=None):
