@@ -1,8 +1,7 @@
 """Learns to write sequences like those in a file and saves what it learned as an `.h5`.
 
-The flags → the data → the batches → the network → an earlier run, if there is one →
-several devices → training by Keras's `fit` and its callbacks. `run`, near the end, is the
-whole of it.
+The flags → the data → the batches → the network → a run and its file → several devices →
+training by Keras's `fit` and its callbacks. `run`, near the end, is the whole of it.
 """
 
 import argparse
@@ -11,7 +10,6 @@ import ctypes
 import dataclasses
 import gc
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -38,10 +36,8 @@ with needing_packages("train.py"):
 DESCRIPTION = "Learns to write sequences like those in a file and saves what it learned."
 EXAMPLES = """examples:
   python train.py --sequence_path pre_trained_models/english_words_5000.txt
-  python train.py --sequence_path pre_trained_models/user_names_10000.csv \\
-      --units 64 --epochs 5 --save_path names.h5
-  python train.py --sequence_path pre_trained_models/english_words_5000.txt \\
-      --init_from names.h5 --save_path tuned.h5
+  python train.py --sequence_path names.csv --units 64 --epochs 5 --save_path names.h5
+  python train.py --sequence_path few.txt --init_from names.h5 --save_path tuned.h5
 
 The same command again continues an interrupted run; a larger --epochs extends a
 finished one. Ctrl-C stops and keeps the run up to its last whole epoch.
@@ -74,18 +70,17 @@ SETTINGS = (
 WAYS_OUT = "pass --overwrite to start over, or another --save_path"
 SHOWN = 8  # sequences that are invented after each epoch
 LINE_WIDTH = 100  # characters that are shown of each
-LARGEST_NETWORK = 2**30  # weights; Adam and the best epoch take four times as many numbers
+MOST_WEIGHTS = 2**30  # weights; Adam and the best epoch take four times as many numbers
 SEQUENCES_PER_ROW = 4  # with fewer, rows are less equally long; with more, products are too small
 VALIDATION_BATCH = 256  # sequences
-# What a stack of batches holds at most. More operations would keep progress and Ctrl-C
-# waiting, more batches would not make it faster, more cells would only take memory.
-LARGEST_STACK = {"operations": 2 * 10**11, "batches": 64, "cells": 2**16}
+# In a stack of batches. More operations would keep progress and Ctrl-C waiting, more batches
+# would not make it faster, more cells would only take memory.
+MOST_OPERATIONS, MOST_BATCHES, MOST_CELLS = 2 * 10**11, 64, 2**16
 # Of a pass; it is divided into parts of at most so many, after each of which the run is
 # validated and saved: some minutes on two cores.
 LARGEST_PART = 3 * 10**13
 LARGEST_VALIDATION = 300_000  # characters held out unless --validation_split is given
 OPERATIONS_PER_DEVICE = 3 * 10**7  # of a batch: with fewer, dividing it gains nothing
-BACKENDS = ("tensorflow", "jax")
 
 
 # The flags
@@ -96,53 +91,50 @@ def make_parser():
     options = {"prog": "train.py", "description": DESCRIPTION, "epilog": EXAMPLES}
     parser = CommandLine("--save_path", "--sequence_path", **options)
 
-    def add(group, flag, metavar, kind, text, default=None):
+    def add(group, flag, metavar_and_type, text, default=None):
         text += "" if default is None else " (default: %(default)s)"
-        kind = within(*kind) if isinstance(kind, tuple) else kind
+        metavar, kind = metavar_and_type
         group.add_argument(flag, metavar=metavar, type=kind, default=default, help=text)
 
-    path, share = os.path.expanduser, (float, 0, 0.9)
-    sizes = {name: (int, 1, most) for name, most in model.LIMITS.items()}
-    epochs = int, 1, 50_000  # more losses would make the metadata too long
+    def count(most, least=1):
+        return "N", within(int, least, most)
+
+    expand = os.path.expanduser
+    path, folder, share = ("FILE", expand), ("DIR", expand), ("SHARE", within(float, 0, 0.9))
+    epochs, sizes = count(50_000), model.LIMITS  # more losses would make the metadata too long
 
     data = parser.add_argument_group("data")
     loaders = "; ".join(f"{name}: {loader.summary}" for name, loader in LOADERS.items())
     loaders += " (default: by the file's name)"
     data.add_argument("--loader_class", metavar="CLASS", choices=LOADERS, help=loaders)
-    learned = "what to learn; - is standard input"
-    add(data, "--sequence_path", "FILE", path, learned, "sequences.txt")
-    data.add_argument("--sequences_path", dest="sequence_path", type=path, help=argparse.SUPPRESS)
-    first = "read only the first N (default: all)"
-    add(data, "--num_sequences", "N", (int, 1, 10**12), first)
+    add(data, "--sequence_path", path, "what to learn; - is standard input", "sequences.txt")
+    data.add_argument("--sequences_path", dest="sequence_path", type=expand, help=argparse.SUPPRESS)
+    add(data, "--num_sequences", count(10**12), "read only the first N (default: all)")
     cut = f"cut to N characters (default: longest, up to {model.DEFAULT_MAX_LEN})"
-    add(data, "--max_len", "N", sizes["max_len"], cut)
-    mark = r"marks the end; in no sequence (default: \n)"
-    add(data, "--sentinel", "CHAR", one_character, mark)
-    held_out = "held out to choose the best epoch (default: 0.1, less of a long list)"
-    add(data, "--validation_split", "SHARE", share, held_out)
+    add(data, "--max_len", count(sizes["max_len"]), cut)
+    add(data, "--sentinel", ("CHAR", one_character), r"marks the end; in no sequence (default: \n)")
+    add(data, "--validation_split", share, "held out to find the best epoch (default: at most 0.1)")
 
     fit = "by default what suits the amount of data"
     network = parser.add_argument_group(f"network ({fit})")
-    add(network, "--units", "N", sizes["units"], f"width of each LSTM layer (default: {UNITS})")
-    add(network, "--layers", "N", sizes["layers"], "LSTM layers")
-    add(network, "--dropout", "SHARE", share, "share of outputs to drop")
-    add(network, "--recurrent_dropout", "SHARE", share, "share of recurrent inputs to drop")
+    add(network, "--units", count(sizes["units"]), f"width of each LSTM layer (default: {UNITS})")
+    add(network, "--layers", count(sizes["layers"]), "LSTM layers")
+    add(network, "--dropout", share, "share of outputs to drop")
+    add(network, "--recurrent_dropout", share, "share of recurrent inputs to drop")
 
     training = parser.add_argument_group(f"training ({fit})")
-    size = "sequences per update of the weights"
-    add(training, "--batch_size", "N", (int, 1, 2**20), size)
-    add(training, "--epochs", "N", epochs, "passes over the data, in total")
-    add(training, "--learning_rate", "RATE", (float, 1e-9, 10), "Adam's; decays to 0")
-    patience = "stop N epochs after the best one (default: never)"
-    add(training, "--patience", "N", epochs, patience)
-    add(training, "--seed", "N", (int, 0, 2**32 - 1), "another seed gives another model", 0)
+    add(training, "--batch_size", count(2**20), "sequences per update of the weights")
+    add(training, "--epochs", epochs, "passes over the data, in total")
+    add(training, "--learning_rate", ("RATE", within(float, 1e-9, 10)), "Adam's; decays to 0")
+    add(training, "--patience", epochs, "stop N epochs after the best one (default: never)")
+    add(training, "--seed", count(2**32 - 1, 0), "another seed gives another model", 0)
     several = "use all GPUs or hosts; needs KERAS_BACKEND=jax"
     training.add_argument("--distribute", action="store_true", help=several)
 
     files = parser.add_argument_group("files")
-    add(files, "--save_path", "FILE", path, "the model", "incognito_model.h5")
-    add(files, "--init_from", "FILE", path, "a model to start from (default: none)")
-    add(files, "--log_dir", "DIR", path, "for losses.csv and TensorBoard (default: none)")
+    add(files, "--save_path", path, "the model", "incognito_model.h5")
+    add(files, "--init_from", path, "a model to start from (default: none)")
+    add(files, "--log_dir", folder, "for losses.csv and TensorBoard (default: none)")
     files.add_argument("--overwrite", action="store_true", help="start over if --save_path exists")
     return parser
 
@@ -151,26 +143,17 @@ def one_character(text):
     """The `argparse` type of `--sentinel`, which takes four escapes, too."""
     character = compose({r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\0": "\0"}.get(text, text))
     if len(character) != 1 or "\ud800" <= character <= "\udfff":
-        points = ", ".join(f"U+{ord(point):04X}" for point in character[:8]) or "none"
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a single character, but {len(character)} code points: {points}"
-        )
+        raise argparse.ArgumentTypeError(f"{character!a} is not a single Unicode character")
     return character
 
 
 def check_flags(args):
     """Raises a `UserError`, before anything is read or imported, if the flags can't work."""
-    if args.patience and args.validation_split == 0:
-        raise UserError(
-            "--patience waits for a better validation loss, so it needs a "
-            "--validation_split above 0"
-        )
-    if args.distribute and os.environ.get("KERAS_BACKEND") != "jax":
-        raise UserError(
-            "--distribute: needs Keras on JAX: pip install jax, and set KERAS_BACKEND=jax"
-        )
-    if os.environ.get("KERAS_BACKEND"):
-        check_backend(os.environ["KERAS_BACKEND"])
+    backend = os.environ.get("KERAS_BACKEND")
+    if args.distribute and backend != "jax":
+        raise UserError("--distribute needs Keras on JAX: pip install jax; set KERAS_BACKEND=jax")
+    if backend:
+        check_backend(backend)
     inputs = ("--sequence_path", args.sequence_path), ("--init_from", args.init_from)
     model.check_target("--save_path", args.save_path, inputs)
     if not args.save_path.lower().endswith((".h5", ".hdf5")):
@@ -181,21 +164,13 @@ def check_flags(args):
 
 
 class Data(typing.NamedTuple):
-    """What there is to learn from.
-
-    Attributes:
-        corpus: `model.Corpus`.
-        training: int32 array, the indices of the sequences to learn.
-        held_out: int32 array, those of the sequences to validate with.
-        loader: what read them, of one of the classes in `LOADERS`.
-        chosen: dict, the settings that depend on how much there is, by their flags.
-    """
+    """What there is to learn from."""
 
     corpus: model.Corpus
-    training: np.ndarray
-    held_out: np.ndarray
-    loader: object
-    chosen: dict
+    training: np.ndarray  # int32, the indices of the sequences to learn
+    held_out: np.ndarray  # int32, those of the sequences to validate with
+    loader: object  # what read them, of one of the classes in `LOADERS`
+    chosen: dict  # the settings that depend on how much there is, by their flags
 
 
 def read_source(args):
@@ -209,10 +184,7 @@ def read_source(args):
                 raise UserError(f"--{name}: {args.init_from} has {metadata[name]}; omit the flag")
             setattr(args, name, metadata[name])
         if args.sentinel is not None and args.sentinel in source.alphabet.symbols[1:]:
-            raise UserError(
-                f"--sentinel: {args.init_from} already uses {args.sentinel!r} as a character; "
-                f"omit the flag to keep its sentinel, {source.alphabet.sentinel!r}"
-            )
+            raise UserError(f"--sentinel: {args.init_from} knows it as a character; omit the flag")
     if args.sentinel is None:
         args.sentinel = source.alphabet.sentinel if source else SENTINEL
     return source
@@ -226,26 +198,17 @@ def read_data(args, source):
     path, sentinel = args.sequence_path, args.sentinel
     loader = find_loader(path, args.loader_class)(path, max_sequences=args.num_sequences)
     characters = source.alphabet.symbols[1:] if source else ""
-    clashes = []
 
     def without_sentinel():
         for sequence in loader:
             if sentinel in sequence:
-                clashes.append(loader.line)
-                sequence = sequence.replace(sentinel, "")
+                raise loader.error(
+                    f"the sequence contains the sentinel {sentinel!r}; pass --sentinel '\\0'"
+                )
             yield sequence
 
     with model.naming("--sequence_path", path):
         corpus = model.build_corpus(without_sentinel(), sentinel, args.max_len, characters)
-        if clashes:
-            candidates = itertools.chain(" |~^_", map(chr, range(33, 0x110000)))
-            used = corpus.alphabet.symbols
-            free = next(s for s in candidates if s not in used and model.printable(s) == s)
-            raise UserError(
-                f"{path}, line {clashes[0]}: the sequence contains the sentinel {sentinel!r} "
-                f"({len(clashes):,} sequences do); pass a character that none contains, such as "
-                f"--sentinel {shlex.quote(free)}"
-            )
     chosen = choose_settings(args, len(corpus.targets), source)
     return Data(corpus, *split(corpus, args.validation_split), loader, chosen)
 
@@ -309,35 +272,23 @@ def in_blocks(indices):
 
 def count_characters(corpus, indices):
     """Counts the targets of sequences, an int array of indices: returns an array by id."""
-    counts = np.zeros(len(corpus.alphabet), int)
-    for block in in_blocks(indices):
-        targets = corpus.targets[corpus.locate(block)[0]]
-        counts += np.bincount(targets, minlength=len(counts))
-    return counts
+    targets = (corpus.targets[corpus.locate(block)[0]] for block in in_blocks(indices))
+    return sum(np.bincount(each, minlength=len(corpus.alphabet)) for each in targets)
 
 
 def check_data(args, data):
     """Raises a `UserError` if the flags don't suit the data."""
     if args.patience and not len(data.held_out):
-        raise UserError(
-            f"--patience: {args.validation_split} of {len(data.corpus):,} sequences leaves none to "
-            "validate with; omit --patience or raise --validation_split"
-        )
+        raise UserError("--patience: nothing is held out to judge by; raise --validation_split")
     shapes = model.weight_shapes(len(data.corpus.alphabet), args.units, args.layers).values()
     count = sum(map(math.prod, shapes))
-    if count > LARGEST_NETWORK:
-        raise UserError(
-            f"{args.layers:,} layers of {args.units:,} units are {count:,} parameters, over "
-            f"{LARGEST_NETWORK:,}; lower --units or --layers"
-        )
+    if count > MOST_WEIGHTS:
+        raise UserError(f"{count:,} parameters, over {MOST_WEIGHTS:,}; lower --units or --layers")
 
 
 def hash_bytes(*parts):
     """Returns the SHA-256, a str, of bytes and arrays, one after the other."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 # The batches
@@ -470,24 +421,13 @@ def count_rows(batch_size):
     return math.ceil(batch_size / SEQUENCES_PER_ROW)
 
 
-def choose_depth(corpus, batch_size, operations):
-    """Returns how many batches a stack may have, an int, if one takes so many operations."""
-    cells = batch_size * math.ceil(corpus.lengths.mean())
-    sizes = {"operations": operations, "batches": 1, "cells": cells}
-    return max(1, min(LARGEST_STACK[name] // size for name, size in sizes.items()))
-
-
 # The network
 
 
 def check_backend(name):
     """Raises a `UserError` if the backend of Keras with that name, a str, can't be used."""
-    if name not in BACKENDS:
-        raise UserError(
-            f"KERAS_BACKEND: {name!r} is not supported; set it to {' or '.join(BACKENDS)}"
-        )
-    if importlib.util.find_spec(name) is None:
-        raise UserError(f"KERAS_BACKEND: {name} is not installed: pip install {name}")
+    if name not in ("tensorflow", "jax"):
+        raise UserError(f"KERAS_BACKEND: {name!r} is not supported; set it to tensorflow or jax")
 
 
 def keep_memory():
@@ -499,9 +439,8 @@ def keep_memory():
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # where there is no glibc
         mallopt = ctypes.CDLL(None).mallopt
-        trim_threshold, mmap_max = -1, -4  # in malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_max, 0)
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in malloc.h
+        mallopt(-4, 0)  # M_MMAP_MAX
 
 
 @contextlib.contextmanager
@@ -536,8 +475,8 @@ def import_keras():
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"Keras can't start: {reason}; reinstall with pip install -r requirements.txt, or "
-            "check which backend ~/.keras/keras.json and KERAS_BACKEND name"
+            f"Keras can't start: {reason}; pip install -r requirements.txt, or check KERAS_BACKEND "
+            "and ~/.keras/keras.json"
         ) from None
     finally:
         gc.enable()
@@ -693,10 +632,10 @@ def extend_weights(weights, alphabet, source):
 class Progress:
     """How far a run has come. An epoch, to `fit` and in the history, is a part of a pass."""
 
-    metadata: dict  # for `model.save`; its "history" has the losses so far
+    metadata: dict  # what `model.save` takes
     path: str  # of the file
     log_dir: str | None  # for losses.csv
-    leads: bool  # whether this process writes both; of a group, only the first does
+    leads: bool  # whether this process reads and writes them: of a group, one does
     parts: int  # epochs of a pass
     epochs: int  # in all
     patience: int | None  # epochs without a better one, after which to stop
@@ -704,16 +643,12 @@ class Progress:
     checkpoint: list = ()  # the variables that training continues with
 
     def __post_init__(self):
+        self.history = self.metadata["history"]  # the losses so far, two lists by name
         self.speeds, self.written = [], stamp(self.path)
 
     @property
-    def history(self):
-        """The losses of all epochs so far, two lists by name."""
-        return self.metadata["history"]
-
-    @property
     def done(self):
-        """How many epochs that is."""
+        """How many epochs are done, an int."""
         return len(self.history["loss"])
 
     @property
@@ -725,7 +660,7 @@ class Progress:
     @property
     def is_finished(self):
         """Whether nothing is left to do."""
-        patience = self.patience or self.epochs
+        patience = self.patience or math.inf
         return self.done >= self.epochs or self.done - self.best >= patience
 
     @property
@@ -733,23 +668,10 @@ class Progress:
         """What the file holds now, a str."""
         return f"{self.path} keeps the last whole epoch" if self.done else "nothing new was saved"
 
-    def name(self, epoch):
-        """Returns how to call an epoch of `fit`, from 0, a str."""
-        number, part = divmod(epoch, self.parts)
-        name = f"Epoch {number + 1}/{self.epochs // self.parts}"
-        return name if self.parts == 1 else f"{name}, part {part + 1}/{self.parts}"
-
-    def count(self, epochs):
-        """Returns how many passes so many epochs of `fit` are, a str."""
-        return f"{epochs / self.parts:.6g}"
-
     def save(self, checkpoint):
         """Writes the file, unless another program has done so."""
         if stamp(self.path) not in (None, self.written):
-            raise UserError(
-                f"--save_path: another program has written {self.path} since this one did; "
-                "pass another --save_path"
-            )
+            raise UserError(f"--save_path: another program wrote {self.path}; pass another path")
         with model.naming("--save_path", self.path, "write"):
             model.save(self.path, self.weights, self.metadata, checkpoint)
         self.written = stamp(self.path)
@@ -757,8 +679,7 @@ class Progress:
     def write_losses(self):
         """Writes losses.csv anew, so that it holds whatever epoch the model's file holds."""
         columns = {name: losses for name, losses in self.history.items() if losses}
-        epochs = map(self.count, range(1, self.done + 1))
-        rows = [("epoch", *columns), *zip(epochs, *columns.values())]
+        rows = [("epoch", *columns), *zip(range(1, self.done + 1), *columns.values())]
         path = os.path.join(self.log_dir, "losses.csv")
         with model.naming("--log_dir", self.log_dir, "write"), model.replacing(path) as file:
             file.writelines(f"{','.join(map(str, row))}\n".encode() for row in rows)
@@ -791,7 +712,8 @@ def describe(args, data, source):
 
 def identify(metadata):
     """Returns all that makes two runs the same, a flat dict, given a run's metadata."""
-    names, settings = ("init_from", "data", "units", "layers", "max_len"), metadata.get("settings")
+    names = "init_from", "data", "units", "layers", "max_len"
+    settings = metadata.get("settings")
     return {
         "sentinel": metadata["alphabet"][0],
         **{name: metadata.get(name) for name in names},
@@ -800,9 +722,9 @@ def identify(metadata):
 
 
 def continue_run(progress, group):
-    """Sets `Progress` to what its file holds, if there is one.
+    """Makes `Progress` go on from its file, if there is one.
 
-    Of a group, process 0 reads it; if it refuses that, all stop.
+    Of a group, process 0 reads that; if it refuses the file, all stop.
     """
     refusal = None
     if progress.leads and progress.written:
@@ -811,13 +733,14 @@ def continue_run(progress, group):
         except UserError as error:
             refusal = str(error)
     if group[1] > 1:
-        refusal, progress.metadata["history"] = broadcast([refusal, progress.history])
+        refusal, history = broadcast([refusal, progress.history])
+        progress.history.update(history)
     if refusal:
         raise UserError(refusal)
 
 
 def read_earlier_run(progress):
-    """Does that; raises a `UserError` if it is another run.
+    """Sets `Progress` to what its file holds; raises a `UserError` if that is another run.
 
     What counts is what the flags mean, not how they were typed.
     """
@@ -828,9 +751,7 @@ def read_earlier_run(progress):
         except UserError as error:
             raise UserError(f"{error}; {ways_out}") from None
     progress.weights, then, now = best.weights, identify(found), identify(progress.metadata)
-    for name in now:
-        if then.get(name) == now[name]:
-            continue
+    if name := next((name for name in now if then.get(name) != now[name]), None):
         difference = f"--{name} {reprlib.repr(then.get(name))}, not {now[name]!r}"
         if name == "init_from":
             difference = "another --init_from"
@@ -840,15 +761,14 @@ def read_earlier_run(progress):
         raise UserError(f"--save_path: {path} was trained with {difference}; {ways_out}")
     if not (progress.checkpoint and is_history(found.get("history"))):
         raise UserError(f"--save_path: {path} lacks what continuing needs; {ways_out}")
-    progress.metadata["history"] = found["history"]
+    progress.history.update(found["history"])
 
 
 def is_history(value):
     """Returns whether a value from a file's metadata is a history."""
     match value:
-        case {"loss": [*losses], "val_loss": [*held_out]}:
-            are_numbers = all(type(loss) is float for loss in losses + held_out)
-            return are_numbers and len(held_out) in (0, len(losses))
+        case {"loss": [*losses], "val_loss": [*held_out]} if len(held_out) in (0, len(losses)):
+            return all(type(loss) is float for loss in losses + held_out)
     return False
 
 
@@ -887,8 +807,7 @@ def divide_batches():
     """Makes Keras divide each batch among all devices."""
     import keras
 
-    data_parallel = keras.distribution.DataParallel(auto_shard_dataset=False)
-    keras.distribution.set_distribution(data_parallel)
+    keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
 
 
 def join_group(metadata, patience):
@@ -916,13 +835,12 @@ def join_group(metadata, patience):
             f"--distribute: {reason}; check the KERAS_DISTRIBUTION_… variables on every host"
         ) from None
     model.catch_signals()  # JAX has taken SIGTERM
-    digest = hash_bytes(json.dumps([metadata, patience]).encode())
+    digest = hash_bytes(json.dumps([metadata, patience]).encode()).encode()
     try:
-        multihost_utils.assert_equal(np.frombuffer(digest.encode(), np.uint8))
+        multihost_utils.assert_equal(np.frombuffer(digest, np.uint8))
     except AssertionError:
         raise UserError(
-            "--distribute: the processes differ in their flags or data; start them all with the "
-            "same command"
+            "--distribute: the processes differ in their flags or data; start them all alike"
         ) from None
     if jax.process_index() > 0:
         print(f"Process {jax.process_index()} of {jax.process_count()}; process 0 prints the rest")
@@ -950,10 +868,7 @@ def set_variables(variables, progress, distributed):
     values = progress.checkpoint or [np.asarray(each) for each in variables]
     fits = [value.shape for value in values] == [tuple(each.shape) for each in variables]
     if not (broadcast(fits) if distributed else fits):
-        raise UserError(
-            f"--save_path: {progress.path} was trained with a version of Keras whose runs this one "
-            f"can't continue; {WAYS_OUT}"
-        )
+        raise UserError(f"--save_path: {progress.path} is of another version of Keras; {WAYS_OUT}")
     values = [value.astype(variable.dtype) for variable, value in zip(variables, values)]
     if distributed:
         from jax.experimental.multihost_utils import broadcast_one_to_all
@@ -993,15 +908,9 @@ def as_data(arrays):
 
 def make_callbacks(progress, data, seed):
     """Returns the Keras callbacks, a list, in the order in which they must run."""
-    from keras import callbacks
+    from keras.callbacks import Callback, ProgbarLogger, SwapEMAWeights, TensorBoard, TerminateOnNaN
 
-    class Bar(callbacks.ProgbarLogger):
-        def on_epoch_begin(self, epoch, logs=None):
-            say(progress.name(epoch))
-            self.epochs = 1  # so that it does not say that itself, without the part
-            super().on_epoch_begin(epoch, logs)
-
-    class Keeper(callbacks.Callback):
+    class Keeper(Callback):
         def on_epoch_begin(self, epoch, logs=None):
             self.start = time.perf_counter()
 
@@ -1012,15 +921,15 @@ def make_callbacks(progress, data, seed):
             averages = keep_epoch(progress, self.model, logs)
             self.model.stop_training = progress.is_finished
             progress.speeds.append(len(data.training) / progress.parts / self.seconds)
-            if not shows_bar():  # which has shown this
+            if not self.params["verbose"]:  # else the bar has shown this
                 losses = " - ".join(f"{name}: {loss:.4f}" for name, loss in logs.items())
-                say(f"{progress.name(epoch)} - {losses} - {progress.speeds[-1]:,.0f} sequences/s")
+                speed = f"{progress.speeds[-1]:,.0f} sequences/s"
+                say(f"Epoch {epoch + 1}/{progress.epochs} - {losses} - {speed}")
             current = SequenceModel(data.corpus.alphabet, data.corpus.max_len, averages)
             show_invented(current, data, (seed, epoch))
 
-    made = [callbacks.SwapEMAWeights(), callbacks.TerminateOnNaN()]
     # The bar must end before anything else is printed.
-    made += [*([Bar()] if shows_bar() else []), Keeper()]
+    made = [SwapEMAWeights(), TerminateOnNaN(), ProgbarLogger(), Keeper()]
     if progress.log_dir is None:
         return made
     if not progress.done:  # TensorBoard would draw an earlier run into this one
@@ -1028,7 +937,7 @@ def make_callbacks(progress, data, seed):
             for old in pathlib.Path(progress.log_dir, part).glob("events.out.tfevents.*"):
                 old.unlink()
     import_tensorflow()
-    return [*made, callbacks.TensorBoard(progress.log_dir, write_graph=False)]
+    return [*made, TensorBoard(progress.log_dir, write_graph=False)]
 
 
 def keep_epoch(progress, network, losses):
@@ -1037,18 +946,14 @@ def keep_epoch(progress, network, losses):
     Raises a `UserError` if the run diverged.
     """
     averages = average_weights(network)
-    variables = network.variables + network.optimizer.variables
-    checkpoint = [np.asarray(each) for each in variables]
+    checkpoint = [np.asarray(each) for each in network.variables + network.optimizer.variables]
     if not (
-        all(map(math.isfinite, losses.values()))
+        all(np.isfinite(each).all() for each in (*losses.values(), *checkpoint))
         and all(model.is_within(array, model.LARGEST_WEIGHT) for array in averages)
-        and all(np.isfinite(array).all() for array in checkpoint)
     ):
-        rate = progress.metadata["settings"]["learning_rate"]
         raise UserError(
-            f"the loss of epoch {progress.count(progress.done + 1)} or a weight is NaN or too "
-            f"large; {progress.kept}; try a --learning_rate below {rate}, in another --save_path "
-            "or with --overwrite"
+            f"the loss of epoch {progress.done + 1} or a weight is NaN or too large; "
+            f"{progress.kept}; try a lower --learning_rate"
         )
     with model.holding_signals():  # the history says what is saved, and nothing else
         for name, loss in losses.items():
@@ -1060,12 +965,6 @@ def keep_epoch(progress, network, losses):
     if progress.log_dir is not None:
         progress.write_losses()
     return averages
-
-
-def shows_bar():
-    """Returns whether Keras's bar suits the terminal: it has colors and needs some width."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return sys.stdout.isatty() and not plain and shutil.get_terminal_size().columns >= 80
 
 
 def average_weights(network):
@@ -1094,10 +993,9 @@ def show_invented(trained, data, seed):
 def find_place(data, text):
     """Returns where in `Data` a text occurs, a str: "learned", "held out" or, if not, "new"."""
     corpus = data.corpus
-    try:
-        ids = [*corpus.alphabet.encode(text), 0]
-    except UserError:  # it is composed
+    if not set(text) <= set(corpus.alphabet.symbols):  # it is composed
         return "new"
+    ids = [*corpus.alphabet.encode(text), 0]
     lacking = len(ids) - corpus.lengths
     places = np.flatnonzero((lacking == 0) | (lacking == 1))  # a sequence that was cut has no end
     for step, index in enumerate(ids):
@@ -1106,6 +1004,12 @@ def find_place(data, text):
     if not len(places):
         return "new"
     return "held out" if np.isin(places[0], data.held_out) else "learned"
+
+
+def shows_bar():
+    """Returns whether Keras's bar suits the terminal: it has colors and needs some width."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout.isatty() and not plain and shutil.get_terminal_size().columns >= 80
 
 
 def fit(args, data, source, progress, group):
@@ -1117,15 +1021,14 @@ def fit(args, data, source, progress, group):
     operations = count_operations(corpus, args.units, args.layers) * size
     if keras.backend.backend() == "jax" and not args.distribute:
         use_cores(count_rows(size), operations)
-    divided = keras.distribution.distribution() is not None
-    devices = len(keras.distribution.list_devices()) if divided else 1
+    devices = len(keras.distribution.list_devices()) if keras.distribution.distribution() else 1
     packed = learns_by_hand(args.recurrent_dropout, args.distribute)
-    depth = choose_depth(corpus, size, operations)
+    cells = size * math.ceil(corpus.lengths.mean())
+    depth = max(1, min(MOST_BATCHES, MOST_OPERATIONS // operations, MOST_CELLS // cells))
     learned = Batches(corpus, data.training, size, depth, packed, devices, progress.parts)
     updates = progress.epochs * learned.stacks * learned.depth
     network = prepare_network(args, data, source, packed, updates)
-    variables = network.variables + network.optimizer.variables
-    set_variables(variables, progress, args.distribute)
+    set_variables(network.variables + network.optimizer.variables, progress, args.distribute)
     validation = {}
     if len(data.held_out):
         size = min(VALIDATION_BATCH, len(data.held_out))
@@ -1170,15 +1073,17 @@ def run(args):
     if not args.overwrite:
         continue_run(progress, group)
     tell_what_was_read(args, data, source)
+    if parts > 1:
+        say(f"Each pass takes {parts} epochs here, each of which is validated and saved")
     if log_dir is not None:
         progress.write_losses()
     if progress.is_finished:
         flag = "--epochs" if progress.done >= progress.epochs else "--patience"
-        epochs = f"{progress.count(progress.done)} epochs"
-        say(f"The run in {args.save_path} is finished, after {epochs}; raise {flag} to go on")
+        done = f"finished, after {progress.done} epochs"
+        say(f"The run in {args.save_path} is {done}; raise {flag} to go on")
     else:
         if progress.done:
-            say(f"Continuing {args.save_path} after epoch {progress.count(progress.done)}")
+            say(f"Continuing {args.save_path} after epoch {progress.done}")
         try:
             fit(args, data, source, progress, group)
         except KeyboardInterrupt as stop:
@@ -1186,8 +1091,8 @@ def run(args):
             if progress.done:
                 without = " without --overwrite" if args.overwrite else ""
                 kept += f"; the same command{without} continues"
-            number = stop.args[0] if stop.args else signal.SIGINT
-            raise KeyboardInterrupt(number, kept) from None
+            stop.args = *(stop.args or [signal.SIGINT]), kept
+            raise
         except Exception as error:
             # As TensorFlow and JAX call it.
             if re.search("resource_?exhausted", f"{type(error).__name__} {error}", re.IGNORECASE):
@@ -1204,8 +1109,7 @@ def tell_what_was_read(args, data, source):
         say(f"Skipped the header ({', '.join(loader.header)}) and read the first column")
     if loader.uneven:
         say(
-            f"Rows that don't have as many columns as the first: {loader.uneven:,}; if a comma is "
-            "part of a sequence, quote it, or pass --loader_class SequenceLoader"
+            f"{loader.uneven:,} rows have more or fewer columns than the header; quote their commas"
         )
     characters = np.count_nonzero(corpus.targets)
     cut = len(corpus) - (len(corpus.targets) - characters)  # which have no end mark
@@ -1215,24 +1119,15 @@ def tell_what_was_read(args, data, source):
     )
     if loader.advice:
         say(f"{args.sequence_path}: {loader.advice}")
-    if len(corpus) == 1 and args.num_sequences != 1:
-        say("Only one sequence was found; is there one per line?")
     if source:
         added = len(corpus.alphabet) - len(source.alphabet)
         say(f"Starting from {args.init_from}, with {added:,} characters added to its alphabet")
     if cut:
-        say(
-            f"Cut {cut:,} sequences to {corpus.max_len} characters (--max_len): "
-            f"{corpus.dropped:,} of {characters + corpus.dropped:,} characters are left out"
-        )
-    held_out = len(data.held_out)
-    why = ""
-    if args.validation_split and not held_out:
-        why = f": too few distinct sequences for a --validation_split of {args.validation_split:g}"
-    count = len(data.training)
-    say(f"Learning from {count:,} sequences, holding out {held_out:,} for validation{why}")
-    flags = " ".join(f"--{name} {value:g}" for name, value in data.chosen.items())
-    if flags:
+        dropped = f"leaving out {corpus.dropped:,}"
+        say(f"Cut {cut:,} sequences to {corpus.max_len} characters (--max_len), {dropped}")
+    count, held_out = len(data.training), len(data.held_out)
+    say(f"Learning from {count:,} sequences, holding out {held_out:,} for validation")
+    if flags := " ".join(f"--{name} {value:g}" for name, value in data.chosen.items()):
         say(f"Chosen for this much data: {flags}")
     if not source and len(corpus.targets) <= min(DEFAULTS):
         say(
@@ -1245,9 +1140,8 @@ def tell_what_was_learned(progress):
     """Prints a table of what the file holds, and how to go on."""
     table, best = {"saved in": progress.path}, progress.best
     if progress.history["val_loss"]:
-        table["best epoch"] = f"{progress.count(best)} of {progress.count(progress.done)}"
-        if best == progress.done:
-            table["best epoch"] += "; more --epochs may help"
+        hint = "; more --epochs may help" if best == progress.done else ""
+        table["best epoch"] = f"{best} of {progress.done}{hint}"
     for name, key in ("loss", "loss"), ("validation loss", "val_loss"):
         if losses := progress.history[key]:
             perplexity = f"perplexity {model.perplexity(losses[best - 1]):.4g}"
