@@ -36,8 +36,8 @@ with needing_packages("train.py"):
 DESCRIPTION = "Learns to write sequences like those in a file and saves what it learned."
 EXAMPLES = """examples:
   python train.py --sequence_path pre_trained_models/english_words_5000.txt
-  python train.py --sequence_path names.csv --units 64 --epochs 5 --save_path names.h5
-  python train.py --sequence_path few.txt --init_from names.h5 --save_path tuned.h5
+  python train.py --sequence_path pre_trained_models/user_names_10000.csv \\
+      --init_from incognito_model.h5 --save_path names.h5
 
 The same command again continues an interrupted run; a larger --epochs extends a
 finished one. Ctrl-C stops and keeps the run up to its last whole epoch.
