@@ -39,8 +39,7 @@ NOT_TEXT = {
     b"7z\xbc\xaf": "a 7z archive: unpack it",
     b"Rar!\x1a": "a rar archive: unpack it",
 }
-# What may be the start of one of these.
-PREFIXES = {each[:n] for each in (*UTF_16, *UNPACKERS, *NOT_TEXT) for n in range(len(each))}
+MAGIC = re.compile(b"|".join(map(re.escape, (*UTF_16, *UNPACKERS, *NOT_TEXT))))
 
 
 class UserError(ValueError):
@@ -176,14 +175,7 @@ class VocabularyLoader(SequenceLoader):
     The words are held in memory: the last one may be the most frequent.
 
     Args:
-        path: as for `SequenceLoader`; one word per line.
-        max_sequences: int or None, yield only the n most frequent.
-
-    Yields:
-        str, one word.
-
-    Raises:
-        OSError, UserError: as `SequenceLoader` does.
+        path, max_sequences: as for `SequenceLoader`; the first ones are the most frequent.
     """
 
     summary = "English words, the most used first"
@@ -221,11 +213,8 @@ class UserNameLoader(SequenceLoader):
         header: list of str, the first row.
         uneven: int, how many rows so far had more or fewer columns.
 
-    Yields:
-        str, one user name.
-
     Raises:
-        OSError, UserError: as `SequenceLoader` does, and for malformed CSV.
+        UserError: as `SequenceLoader` does, and for malformed CSV.
     """
 
     summary = "the first column of a CSV or TSV file"
@@ -299,22 +288,19 @@ def open_text(path):
     if source.start in NOT_TEXT:
         raise UserError(f"{path} is not text but {NOT_TEXT[source.start]}")
     encoding = "utf-16" if source.start in UTF_16 else "utf-8-sig"
-    if source.file is opened and opened.seekable():  # without `source` it is faster
-        opened.close()
-        return open(path, encoding=encoding, errors="surrogateescape", newline="")
-    return io.TextIOWrapper(io.BufferedReader(source), encoding, "surrogateescape", newline="")
+    buffer = io.BufferedReader(source, 2**15)  # which asks `source`, in Python, less often
+    return io.TextIOWrapper(buffer, encoding, "surrogateescape", newline="")
 
 
 class _Source(io.RawIOBase):
     """A binary file whose first bytes are known as `start`; it closes what was `opened` too."""
 
     def __init__(self, path, file, opened):
-        self.path, self.file, self.opened = path, file, opened
-        self.start, self.ahead = b"", io.BytesIO()
-        # Byte by byte, since a pipe may hold no more for now.
-        while self.start in PREFIXES and (byte := self.read(1)):
-            self.start += byte
-        self.ahead = io.BytesIO(self.start)
+        self.path, self.file, self.opened, self.ahead = path, file, opened, io.BytesIO()
+        # No more than a line, since a pipe may hold no more for now.
+        begin = self.readline(6)
+        self.start = magic[0] if (magic := MAGIC.match(begin)) else b""
+        self.ahead = io.BytesIO(begin)
 
     def readable(self):
         return True

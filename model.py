@@ -27,12 +27,10 @@ import math
 import os
 import pathlib
 import re
-import secrets
 import shutil
 import signal
 import sys
 import tempfile
-import threading
 import unicodedata
 
 import h5py
@@ -91,18 +89,17 @@ class Alphabet:
     @functools.cached_property
     def marks(self):
         """Those of the characters that can compose with the one before them, a list of str."""
-        composing = re.compile("[\u1161-\u1175\u11a8-\u11c2]")
-        symbols = self.symbols[1:]
-        return [s for s in symbols if unicodedata.category(s)[0] == "M" or composing.match(s)]
+        jamo = re.compile("[\u1161-\u1175\u11a8-\u11c2]")
+        return [s for s in self.symbols[1:] if unicodedata.category(s)[0] == "M" or jamo.match(s)]
 
     def respellings(self, index):
         """Returns the ids that can't follow a character, given by its id, in composed text.
 
-        With one of them it would spell what another character of the alphabet
-        spells: U+0301 after `e`, if there is an `é`.
+        With one of them it would spell what other characters of the alphabet do:
+        U+0301 after `e`, if there is an `é`.
         """
         found = []
-        for mark in self.marks if index else ():  # the sentinel is no part of the text
+        for mark in self.marks:
             pair = self.symbols[index] + mark
             composed = unicodedata.normalize("NFC", pair)
             if composed != pair and self._knows(composed):
@@ -112,18 +109,14 @@ class Alphabet:
     def encode(self, text):
         """Returns the ids of a str's characters, an int32 array of the same length.
 
-        Raises:
-            UserError: if `text` holds the sentinel or a character that is
-                not in the alphabet; the message names them.
+        Raises a UserError if the alphabet lacks one, or one is the sentinel; it names up to ten.
         """
         points = code_points(text)
         ids = self._ids[points]
         if not ids.all():
-            unknown = [name_character(chr(point)) for point in np.unique(points[ids == 0])]
-            more = f" and {len(unknown) - 10:,} others" if len(unknown) > 10 else ""
-            raise UserError(
-                f"the model never saw {', '.join(unknown[:10])}{more} within a sequence"
-            )
+            unknown = np.unique(points[ids == 0])[:10]
+            names = ", ".join(name_character(chr(point)) for point in unknown)
+            raise UserError(f"the model never saw {names} within a sequence")
         return ids
 
     def decode(self, ids):
@@ -198,15 +191,19 @@ def build_corpus(sequences, sentinel="\n", max_len=None, characters=""):
     most, iterator = max_len or DEFAULT_MAX_LEN, iter(sequences)
     used = np.zeros(sys.maxunicode + 1, bool)
     used[code_points(characters)] = True
-    blocks, sizes, ends = [], [], 0
+    blocks, lengths, dropped, longest = [], [], 0, 0
     # Some at a time, because a str takes many times the memory of its characters.
     while texts := list(itertools.islice(iterator, 4096)):
         kept = (text + sentinel if len(text) <= most else text[:most] for text in texts)
         points = code_points("".join(kept))
         used[points] = True
-        ends += np.count_nonzero(points == ord(sentinel))
         blocks.append(points.astype(np.min_scalar_type(points.max())))
-        sizes.append(np.fromiter(map(len, texts), np.int64, len(texts)))
+        whole = np.fromiter(map(len, texts), np.int64, len(texts))
+        lengths.append((np.minimum(whole, most) + (whole <= most)).astype(np.int32))
+        dropped += int(np.maximum(whole - most, 0).sum())
+        longest = max(longest, int(whole.max()))
+        if np.count_nonzero(points == ord(sentinel)) > np.count_nonzero(whole <= most):
+            raise ValueError(f"sequences contain the sentinel, {sentinel!r}")
     used[ord(sentinel)] = False
     symbols = sentinel + "".join(map(chr, np.flatnonzero(used)))
     if not blocks or len(symbols) == 1:
@@ -216,22 +213,19 @@ def build_corpus(sequences, sentinel="\n", max_len=None, characters=""):
             f"{len(symbols) - 1:,} different characters are more than the "
             f"{LIMITS['alphabet'] - 1:,} that a model can have; is this a file of text?"
         )
-    whole = np.concatenate(sizes)
-    if ends > np.count_nonzero(whole <= most):
-        raise ValueError(f"sequences contain the sentinel, {sentinel!r}")
-    lengths = (np.minimum(whole, most) + (whole <= most)).astype(np.int32)
     ids = np.zeros(len(used), np.min_scalar_type(len(symbols) - 1))
     ids[code_points(symbols)] = np.arange(len(symbols))
-    targets = np.empty(lengths.sum(dtype=np.int64), ids.dtype)
+    targets = np.empty(sum(map(len, blocks)), ids.dtype)
     end = len(targets)
-    while blocks:
+    while blocks:  # which makes room for the next
         block = blocks.pop()
         targets[end - len(block) : end] = ids[block]
         end -= len(block)
-    starts = lengths.cumsum(dtype=np.int64) - lengths
-    dropped = int(np.maximum(whole - most, 0).sum())
+    lengths = np.concatenate(lengths)
+    starts = lengths.cumsum(dtype=np.int64)
+    starts -= lengths
     return Corpus(
-        Alphabet(symbols), max_len or min(int(whole.max()), most), targets, starts, lengths, dropped
+        Alphabet(symbols), max_len or min(longest, most), targets, starts, lengths, dropped
     )
 
 
@@ -251,10 +245,9 @@ def run_lstm(projected, recurrent_kernel, kept_hidden, kept_cell):
         projected: float32 tensor `(steps, batch, 4 × units)`: the inputs times
             the kernel, plus the bias.
         recurrent_kernel: float32 tensor `(units, 4 × units)`.
-        kept_hidden, kept_cell: float32 tensors `(steps, batch, units)` or
-            `(steps, batch, 1)`: what the outputs and the cell of the step
-            before are multiplied by when a step reads them, 0 where a sequence
-            begins.
+        kept_hidden, kept_cell: float32 tensors `(steps, batch, units or 1)` by which a
+            step multiplies the outputs and the cell of the one before, 0 where a
+            sequence begins.
 
     Returns:
         Float32 tensor `(steps, batch, units)`: the outputs.
@@ -322,26 +315,19 @@ def run_lstm(projected, recurrent_kernel, kept_hidden, kept_cell):
 
 
 def make_lstm_by_hand(units, recurrent_dropout=0.0, **options):
-    """Makes a `keras.layers.LSTM` that learns through `run_lstm`.
+    """Makes a `keras.layers.LSTM` that, called with a mask, runs `run_lstm`.
 
-    Called with a mask, it runs `run_lstm`. The mask does not say which steps to
-    skip, as in Keras, but where the state is kept: it is False at the first step
-    of each sequence in a row. Without a mask it is Keras's own layer, without
-    recurrent dropout.
+    The mask does not say which steps to skip, as in Keras, but where the state is
+    kept: it is False at the first step of each sequence in a row. Without one it is
+    Keras's own layer, without recurrent dropout.
 
-    Args:
-        units, options: as `keras.layers.LSTM` takes them.
-        recurrent_dropout: float, the share of each row's outputs that
-            the layer does not read back, the same ones at every step (Gal and
-            Ghahramani 2016). Keras's own uses a separate mask for each gate
-            and so needs four products per step where this needs one.
-
-    Returns:
-        The layer, of a subclass of `keras.layers.LSTM`.
+    `recurrent_dropout` is the share of each row's outputs that the layer does not read
+    back, the same ones at every step (Gal and Ghahramani 2016). Keras's own uses a
+    separate mask for each gate and so needs four products per step where this needs one.
     """
     from keras import layers, ops, random
 
-    class LSTM(layers.LSTM):  # named as Keras's own, because `save` writes the class's name
+    class LSTM(layers.LSTM):
         def inner_loop(self, sequences, initial_state, mask, training=False):
             if mask is None:
                 return super().inner_loop(sequences, initial_state, mask, training)
@@ -373,10 +359,9 @@ def build_layers(
         alphabet_size: int, how many characters there are, sentinel included.
         units: int, the width of each LSTM layer.
         layers: int, how many there are.
-        dropout: float between 0 and 1, the share of each layer's outputs
-            that is dropped while training.
-        recurrent_dropout: float between 0 and 1, as in `make_lstm_by_hand`
-            or, without `by_hand`, as in `keras.layers.LSTM`.
+        dropout: float, the share of each layer's outputs that is dropped in training.
+        recurrent_dropout: float, as in `make_lstm_by_hand` or, without `by_hand`, as
+            in `keras.layers.LSTM`.
         seed: int or None, makes the initial weights and the dropout repeatable.
         by_hand: bool, whether the LSTM layers come from `make_lstm_by_hand`.
 
@@ -389,30 +374,25 @@ def build_layers(
     >>> network.count_params()
     214939
     """
-    from keras import Input
     from keras.initializers import GlorotUniform, Orthogonal
-    from keras.layers import LSTM, Dense, Dropout
+    from keras.layers import LSTM, Dense, Dropout, Input
 
-    rng = np.random.default_rng(seed)
-
-    def draw():
-        # keras.utils.set_random_seed would import TensorFlow on every backend.
-        return int(rng.integers(2**31))
-
-    built = [Input((None, alphabet_size), name="characters")]
+    # keras.utils.set_random_seed would import TensorFlow on every backend.
+    seeds = iter(np.random.default_rng(seed).integers(2**31, size=4 * layers + 1).tolist())
     make_lstm = make_lstm_by_hand if by_hand else LSTM
+    built = [Input((None, alphabet_size), name="characters")]
     for layer in range(1, layers + 1):
         lstm = make_lstm(
             units,
             recurrent_dropout=recurrent_dropout,
             return_sequences=True,
-            kernel_initializer=GlorotUniform(draw()),
-            recurrent_initializer=Orthogonal(seed=draw()),
-            seed=draw(),
+            kernel_initializer=GlorotUniform(next(seeds)),
+            recurrent_initializer=Orthogonal(seed=next(seeds)),
+            seed=next(seeds),
             name=f"lstm_{layer}",
         )
-        built += [lstm, Dropout(dropout, seed=draw(), name=f"dropout_{layer}")]
-    kernel = GlorotUniform(draw())
+        built += [lstm, Dropout(dropout, seed=next(seeds), name=f"dropout_{layer}")]
+    kernel = GlorotUniform(next(seeds))
     built.append(Dense(alphabet_size, "softmax", kernel_initializer=kernel, name="next_character"))
     return built
 
@@ -472,21 +452,17 @@ class SequenceModel:
     """
 
     def __init__(self, alphabet, max_len, weights):
-        self.alphabet = alphabet
-        self.max_len = max_len
-        self.weights = weights
+        self.alphabet, self.max_len, self.weights = alphabet, max_len, weights
         *lstm, self._kernel, self._bias = weights
         self._units = len(self._kernel)
         self._layers = []
-        for index in range(0, len(lstm), 3):
-            kernel, recurrent_kernel, bias = lstm[index : index + 3]
-            if index == 0:
-                # A one-hot row times a matrix is a row of that matrix.
+        for kernel, recurrent_kernel, bias in zip(lstm[::3], lstm[1::3], lstm[2::3]):
+            if self._layers:
+                self._layers.append((self._by_gate(kernel, recurrent_kernel), self._by_gate(bias)))
+            else:  # a one-hot row times a matrix is a row of that matrix
                 offsets = self._by_gate(kernel)
                 offsets += self._by_gate(bias)
                 self._layers.append((self._by_gate(recurrent_kernel), offsets))
-            else:
-                self._layers.append((self._by_gate(kernel, recurrent_kernel), self._by_gate(bias)))
 
     def __repr__(self):
         network = f"{len(self._layers)} × LSTM({self._units}), {len(self.alphabet) - 1} characters"
@@ -498,11 +474,9 @@ class SequenceModel:
         # σ(x) = tanh(x / 2) / 2 + 1 / 2, so that one tanh then serves all four.
         parts = [array.reshape(-1, 4, self._units) for array in weights]
         gates = np.empty((4, sum(map(len, parts)), self._units), np.float32)
-        start = 0
-        for part in parts:
-            rows = slice(start, start := start + len(part))
-            for gate, source in enumerate((0, 1, 3, 2)):  # i, f, o, g of i, f, g, o
-                np.multiply(part[:, source], 0.5 if gate < 3 else 1, out=gates[gate, rows])
+        for gate, source in zip(gates, (0, 1, 3, 2)):  # i, f, o, g of i, f, g, o
+            np.concatenate([part[:, source] for part in parts], out=gate)
+        gates[:3] *= 0.5
         return gates
 
     def start(self, rows=1):
@@ -515,15 +489,14 @@ class SequenceModel:
     def step(self, ids, state):
         """Reads one character of each of several sequences.
 
-        Each layer computes Hochreiter and Schmidhuber's LSTM with forget
-        gates, as `keras.layers.LSTM` does: with `i, f, g, o` the four parts
-        of `x·kernel + h·recurrent_kernel + bias`,
+        Each layer computes Hochreiter and Schmidhuber's LSTM with forget gates, as
+        `keras.layers.LSTM` does: with `i, f, g, o` the four parts of
+        `x·kernel + h·recurrent_kernel + bias`,
         `c ← σ(f)·c + σ(i)·tanh(g)` and `h ← σ(o)·tanh(c)`.
 
         Args:
             ids: int array `(batch,)`.
-            state: `State` of at least `batch` rows. The first `batch` of them
-                are updated in place; the others stay.
+            state: `State`. Its first `batch` rows are updated in place; others stay.
 
         Returns:
             Float32 array `(batch, alphabet)`: logits, whose softmax is the
@@ -549,27 +522,20 @@ class SequenceModel:
             np.multiply(o, np.tanh(cell, out=g), out=hidden[:, -units:])
         return hidden[:, -units:] @ self._kernel + self._bias
 
-    def read(self, text):
-        """Reads the sentinel and then a text, a str.
-
-        Returns what `step` gave for the last character and the `State` then, both
-        of one row. Raises a UserError if the text holds an unknown character.
-        """
-        state = self.start()
-        for index in (0, *self.alphabet.encode(text)):
-            logits = self.step(np.array([index]), state)
-        return logits, state
-
     def read_prompt(self, prompt):
-        """Reads like `read`, but rules out what no sequence that was learned can go on with.
+        """Reads the sentinel and a prompt, a str, that may be empty; what follows it may not.
 
-        None was empty; and see `follow`.
+        Returns what `follow` gave for the last character and the `State` then, both
+        of one row. Raises a UserError if the prompt holds an unknown character.
         """
-        logits, state = self.read(prompt)
+        *begin, last = 0, *self.alphabet.encode(prompt)
+        state = self.start()
+        for index in begin:
+            self.step(np.array([index]), state)
+        logits = self.follow(np.array([last]), state)
         if not prompt:
             logits[:, 0] = -np.inf
-        last = [0, *self.alphabet.encode(prompt)][-1:]
-        return self._keep_composed(logits, np.array(last)), state
+        return logits, state
 
     def follow(self, ids, state):
         """Reads like `step`, but rules out a second spelling of any text.
@@ -577,28 +543,25 @@ class SequenceModel:
         Text is composed before it is learned, so a letter is never followed by an
         accent where the alphabet has both as one character.
         """
-        return self._keep_composed(self.step(ids, state), ids)
-
-    def _keep_composed(self, logits, ids):
-        for index in np.unique(ids) if self.alphabet.marks else ():
-            rows = np.flatnonzero(ids == index)
-            logits[rows[:, None], self.alphabet.respellings(index)] = -np.inf
+        logits = self.step(ids, state)
+        for index in {*ids.tolist()} - {0} if self.alphabet.marks else ():
+            logits[np.ix_(ids == index, self.alphabet.respellings(index))] = -np.inf
         return logits
 
     def prepare(self, prompt, max_len, temperature, top_k, top_p):
-        """Checks what `sample` is asked for.
+        """Checks what `sample` is asked for: raises as it does.
 
-        Returns the prompt in the form that the model can read, the longest
-        sequence, and `distribution` as a function of logits alone.
+        Returns the prompt as the model can read it, the longest sequence, and `distribution`
+        as a function of logits alone.
         """
         max_len = self.max_len if max_len is None else max_len
         prompt = self.alphabet.normalize(prompt)
-        self.alphabet.encode(prompt)  # raises if the model can't read it
+        self.alphabet.encode(prompt)  # for what it raises
         if len(prompt) > max_len:
             raise UserError(f"it has {len(prompt)} characters, but max_len is {max_len}")
-        shaping = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        distribution(np.zeros(1), **shaping)  # raises a ValueError where sampling would
-        return prompt, max_len, functools.partial(distribution, **shaping)
+        shape = functools.partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
+        shape(np.zeros(1))  # likewise
+        return prompt, max_len, shape
 
     def chunk_size(self, max_len):
         """Returns how many sequences of up to `max_len` characters to work on at a time, an int."""
@@ -609,24 +572,21 @@ class SequenceModel:
     def sample(
         self, prompt="", count=1, temperature=1.0, top_k=None, top_p=None, max_len=None, seed=None
     ):
-        """Invents sequences.
+        """Invents sequences, none of them empty.
 
         Each next character is drawn from the model's distribution, until the
-        sentinel is drawn or the sequence has `max_len` characters. No
-        sequence is empty.
+        sentinel is drawn or the sequence has `max_len` characters.
 
         Args:
             prompt: str, what each sequence starts with; may be empty.
             count: int, how many sequences; None goes on forever.
             temperature, top_k, top_p: as in `distribution`.
             max_len: int or None, the longest sequence; None is the model's.
-            seed: what `numpy.random.default_rng` takes: an int for the same
-                sequences each time, None for others, or a
-                `numpy.random.Generator`. A sequence depends on the seed and
-                its index alone, so that a larger count or
-                `max_len` begins with the sequences of a smaller one. (Sums
-                are rounded a little differently in batches of another size;
-                that changes about one sequence in 100,000.)
+            seed: what `numpy.random.default_rng` takes: an int for the same sequences
+                each time, None for others, or a `Generator`. A sequence depends on the
+                seed and its index alone, so that a larger count or `max_len` begins with
+                the sequences of a smaller one. (Sums are rounded a little differently in
+                batches of another size; that changes about one sequence in 100,000.)
 
         Returns:
             An iterator of str, each with the prompt, composed (NFC).
@@ -650,9 +610,8 @@ class SequenceModel:
         while count is None or start < count:
             # Without a count a few may be enough, so the batches start small and double.
             batch = min(most, max(start, 128) if count is None else count - start)
-            draws = functools.partial(_draw, key, start, batch)
             rows = logits.repeat(batch, axis=0), state.take(np.zeros(batch, int))
-            invented = self._finish(*rows, steps, to_probabilities, draws)
+            invented = self._finish(*rows, steps, to_probabilities, key, start)
             text = self.alphabet.decode(invented[invented > 0])
             end = 0
             for length in np.count_nonzero(invented, axis=1).tolist():
@@ -660,7 +619,7 @@ class SequenceModel:
                 yield unicodedata.normalize("NFC", prompt + text[begin:end])
             start += batch
 
-    def _finish(self, logits, state, steps, to_probabilities, draws):
+    def _finish(self, logits, state, steps, to_probabilities, key, start):
         # Returns the ids of what follows each row's prompt, padded with 0.
         ids = np.zeros(len(logits), int)
         places = np.arange(len(logits))  # where each row's sequence stands among all of them
@@ -669,7 +628,7 @@ class SequenceModel:
             if step:
                 logits = self.follow(ids, state)
             if step % DRAWS == 0:
-                block = draws(step // DRAWS)
+                block = _draw(key, start, len(invented), step // DRAWS)
             ids = _choose(to_probabilities(logits), block[places, step % DRAWS])
             invented[places, step] = ids
             # The last rows that go on take the places of those that have ended.
@@ -713,19 +672,14 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
 
     Args:
         logits: array `(..., alphabet)`; `-inf` is impossible.
-        temperature: float ≥ 0 that divides the logits: below 1 makes likely
-            characters likelier, above 1 evens them out, 0 always takes the
-            likeliest.
-        top_k: int or None, how many characters remain, the likeliest.
-        top_p: float or None, keeps the smallest set of likeliest characters
-            whose probabilities add up to this.
+        temperature: float ≥ 0 that divides the logits: below 1 makes likely characters
+            likelier, above 1 evens them out, 0 always takes the likeliest.
+        top_k: int ≥ 1 or None, how many characters remain, the likeliest.
+        top_p: float from 0 to 1 or None, keeps the smallest set of likeliest
+            characters whose probabilities add up to this.
 
     Returns:
-        Float64 array of that shape.
-
-    Raises:
-        ValueError: if `temperature` is below 0, `top_k` below 1 or `top_p`
-            not from 0 to 1.
+        Float64 array of that shape. Raises a ValueError if an argument is out of range.
 
     Example:
 
@@ -764,11 +718,7 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
 
 
 def save(path, weights, metadata, checkpoint=()):
-    """Writes a model's file: all of it or, should anything fail, nothing.
-
-    The layout is Keras's own for a whole model in HDF5, so that
-    `keras.models.load_model(path)` returns it compiled and ready. Beside it
-    stand the metadata and the checkpoint.
+    """Writes a model's file, which `keras.models.load_model(path)` returns compiled and ready.
 
     Args:
         path: str or path-like, replaced if it exists.
@@ -799,9 +749,8 @@ def save(path, weights, metadata, checkpoint=()):
         for place in (file, group):
             place.attrs["keras_version"] = keras.__version__
             place.attrs["backend"] = keras.backend.backend()
-        network, training = _describe_network(metadata)
-        file.attrs["model_config"] = json.dumps(network)
-        file.attrs["training_config"] = json.dumps(training)
+        for name, config in _describe_network(metadata).items():
+            file.attrs[name] = json.dumps(config)
         text = json.dumps({**metadata, "format": FORMAT}, ensure_ascii=False)
         file.attrs[METADATA] = np.bytes_(text.encode())
         layers = list(dict.fromkeys(layer for layer, _ in shapes))
@@ -817,27 +766,25 @@ def save(path, weights, metadata, checkpoint=()):
 
 
 def _describe_network(metadata):
-    # What Keras needs to build and compile the network. Its own get_config() imports
-    # TensorFlow on every backend, and says things that another version of Keras 3 would
-    # not know. What is left out is its default.
+    # What Keras needs to build and compile the network, less its defaults. Its own
+    # get_config() imports TensorFlow on every backend, and says things that another
+    # version of Keras 3 would not know.
     characters, units = len(metadata["alphabet"]), metadata["units"]
     dropout = metadata.get("settings", {}).get("dropout", 0.0)
-    layers = [("InputLayer", {"name": "characters", "batch_shape": (None, None, characters)})]
+
+    def layer(kind, **config):
+        return dict(module="keras.layers", class_name=kind, config=config, registered_name=None)
+
+    layers = [layer("InputLayer", name="characters", batch_shape=(None, None, characters))]
     for number in range(1, metadata["layers"] + 1):
-        config = {"name": f"lstm_{number}", "units": units, "return_sequences": True}
-        layers.append(("LSTM", config))
-        layers.append(("Dropout", {"name": f"dropout_{number}", "rate": dropout}))
-    config = {"name": "next_character", "units": characters, "activation": "softmax"}
-    layers.append(("Dense", config))
-    layers = [
-        {"module": "keras.layers", "class_name": name, "config": config, "registered_name": None}
-        for name, config in layers
-    ]
+        layers.append(layer("LSTM", name=f"lstm_{number}", units=units, return_sequences=True))
+        layers.append(layer("Dropout", name=f"dropout_{number}", rate=dropout))
+    layers.append(layer("Dense", name="next_character", units=characters, activation="softmax"))
     network = {"class_name": "Sequential", "config": {"name": METADATA, "layers": layers}}
     training = dict.fromkeys(("loss_weights", "metrics", "weighted_metrics"))
     training["loss"] = "sparse_categorical_crossentropy"
     training["optimizer_config"] = {"class_name": "Adam", "config": {}}
-    return network, training
+    return {"model_config": network, "training_config": training}
 
 
 @contextlib.contextmanager
@@ -852,35 +799,28 @@ def replacing(path):
     path = os.path.realpath(path)
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
-    exists = os.path.exists(path)
-    mode = os.stat(path).st_mode & 0o777 if exists else 0o666  # less what the user's mask forbids
+    # Less what the user's mask forbids; a secret must not be readable meanwhile.
+    mode = os.stat(path).st_mode & 0o777 if os.path.exists(path) else 0o666
     if os.access(path, os.W_OK) and not os.access(folder, os.W_OK):
         folder = tempfile.gettempdir()
-    temporary = os.path.join(folder, f".{name[:50]}.{secrets.token_hex(4)}.tmp")
-    opener = functools.partial(os.open, mode=mode)
+    temporary = os.path.join(folder, f".{name[:50]}.{os.urandom(4).hex()}.tmp")
     try:
-        with open(temporary, "xb", opener=opener) as file:
+        with open(temporary, "xb", opener=functools.partial(os.open, mode=mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if exists:
-            with contextlib.suppress(OSError):  # some file systems have no permissions
-                os.chmod(temporary, mode)
+        with contextlib.suppress(OSError):  # there is no file yet, or there are no permissions
+            shutil.copymode(path, temporary)
         try:
             os.replace(temporary, path)
         except OSError:
-            if not os.access(path, os.W_OK):
-                raise
-            with open(temporary, "rb") as source, open(path, "wb") as target:
-                shutil.copyfileobj(source, target)
-            os.unlink(temporary)
-    except BaseException:
+            shutil.copyfile(temporary, path)
+    finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        raise
 
 
-def load(path):
+def load(path, checkpoint=False):
     """Reads a model from the file that `save` wrote.
 
     Nothing in the file is executed, no other file is opened, and no size that
@@ -888,14 +828,15 @@ def load(path):
 
     Args:
         path: str or path-like.
+        checkpoint: bool, whether to return the checkpoint, too.
 
     Returns:
-        Tuple `(model, metadata)`: a `SequenceModel` and the dict given to
-        `save`, with its format. Beside the `alphabet`, `max_len`, `units` and
-        `layers` of the network, train.py notes there the `loader_class`, the
-        `settings` by the names of their flags, hashes of the `data` and of
-        `init_from`, `epochs`, how many were wanted, and the `history`: a list of
-        the `loss` and one of the `val_loss` of each epoch, in nats per character.
+        Tuple `(model, metadata)` or `(model, metadata, checkpoint)`: a `SequenceModel`
+        and what was given to `save`, the metadata with its `format`. Beside what
+        `save` needs, train.py notes there the `loader_class`, the `settings` by the
+        names of their flags, hashes of the `data` and of `init_from`, `epochs`, how many
+        were wanted, and the `history`: a list of the `loss` and one of the `val_loss`
+        of each epoch, in nats per character.
 
     Raises:
         OSError: if the file can't be opened.
@@ -907,107 +848,104 @@ def load(path):
     >>> metadata["units"], metadata["layers"], len(metadata["history"]["loss"])
     (256, 2, 1)
     """
-    with _opened(path) as file:
-        return _read_model(file)
-
-
-def load_checkpoint(path):
-    """Reads a model and what continuing its training needs, both of the same epoch.
-
-    Args:
-        path: str or path-like.
-
-    Returns:
-        Tuple `(model, metadata, checkpoint)`: what `load` returns, and the list
-        of arrays given to `save`, empty if the file holds none.
-
-    Raises:
-        OSError, UserError: as `load` does.
-    """
-    with _opened(path) as file:
-        trained, metadata = _read_model(file)
-        if CHECKPOINT not in file:
-            return trained, metadata, []
-        count = len(_follow(file, CHECKPOINT))
-        if count > 16 * (metadata["layers"] + 1):
-            raise _ReadError(f"it holds a larger checkpoint than {metadata['layers']} layers need")
-        found = [_find_array(file, f"{CHECKPOINT}/{index}") for index in range(count)]
-        # Hard links can give the same bytes many names.
-        if sum(array.nbytes for array in found) > file.id.get_filesize():
-            raise _ReadError("its arrays claim more bytes than it has")
-        return trained, metadata, [_read_array(array, sys.float_info.max) for array in found]
-
-
-class _ReadError(ValueError):
-    pass
-
-
-@contextlib.contextmanager
-def _opened(path):
-    # Yields an h5py.File; whatever is wrong with the file becomes one ValueError.
-    # A pipe or a device could block or never end; `open` refuses a folder.
-    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+    # A pipe or a device could block or never end.
+    if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{path} is not a regular file")
     with open(path, "rb"):  # whose errors are clearer than those of h5py
         pass
     try:
         with h5py.File(path, "r", locking=False) as file:
-            yield file
+            found = _read_model(file)
+            return (*found, _read_checkpoint(file)) if checkpoint else found
     except (OSError, RuntimeError, TypeError, ValueError, LookupError) as error:
-        reason = str(error.args[0] if error.args else error).partition("\n")[0]
+        reason = str(error).partition("\n")[0]
         if "signature not found" in reason:
             reason = "it is not an HDF5 file"
-        elif not isinstance(error, _ReadError):
+        elif not isinstance(error, UserError):
             reason = f"it is damaged: {reason}"
         raise UserError(f"{path} is not a model that train.py saved: {reason}") from None
+
+
+def _require(condition, reason):
+    if not condition:
+        raise UserError(reason)
 
 
 def _read_model(file):
     metadata = _read_metadata(file)
     symbols, layers = metadata["alphabet"], metadata["layers"]
     shapes = weight_shapes(len(symbols), metadata["units"], layers)
-    weights = [
-        _read_array(_find_array(file, f"model_weights/{layer}/{name}", shape), LARGEST_WEIGHT)
-        for (layer, name), shape in shapes.items()
-    ]
-    if len(file["model_weights"]) != layers + 1:
-        raise _ReadError(f"it holds more layers than the {layers} it declares")
+    places = {f"model_weights/{layer}/{name}": shape for (layer, name), shape in shapes.items()}
+    weights = _read_arrays(file, places, LARGEST_WEIGHT)
+    _require(len(file["model_weights"]) == layers + 1, f"it holds more than its {layers} layers")
     return SequenceModel(Alphabet(symbols), metadata["max_len"], weights), metadata
 
 
 def _read_metadata(file):
-    if METADATA not in file.attrs:
-        raise _ReadError(f"it has no attribute {METADATA!r}")
-    attribute = file.attrs.get_id(METADATA)
+    attribute = file.attrs.get_id(METADATA) if METADATA in file.attrs else None
     # One of a variable size, once damaged, can make HDF5 hang.
-    if attribute.dtype.kind != "S" or attribute.shape != ():
-        raise _ReadError(f"its attribute {METADATA!r} is not fixed-length text")
-    if attribute.dtype.itemsize > METADATA_SIZE:
-        raise _ReadError(f"its attribute {METADATA!r} is longer than {METADATA_SIZE} bytes")
-    try:
-        metadata = json.loads(bytes(file.attrs[METADATA]).decode())
-    except (ValueError, RecursionError):
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise _ReadError(f"its attribute {METADATA!r} is not a JSON object")
-    if metadata.get("format") != FORMAT:
-        raise _ReadError(f"this version reads format {FORMAT}, and it has another")
+    _require(
+        attribute
+        and attribute.dtype.kind == "S"
+        and attribute.shape == ()
+        and attribute.dtype.itemsize <= METADATA_SIZE,
+        f"it has no attribute {METADATA!r} with text of up to {METADATA_SIZE:,} bytes",
+    )
+    metadata = json.loads(bytes(file.attrs[METADATA]).decode())
+    same = isinstance(metadata, dict) and metadata.get("format") == FORMAT
+    _require(same, f"this version reads format {FORMAT}, and it has another")
     symbols = metadata.get("alphabet")
-    if not isinstance(symbols, str) or not 2 <= len(symbols) <= LIMITS["alphabet"]:
-        raise _ReadError(f"its alphabet is not a string of 2 to {LIMITS['alphabet']} characters")
-    if len(set(symbols)) < len(symbols):
-        raise _ReadError("its alphabet holds a character twice")
-    if any("\ud800" <= symbol <= "\udfff" for symbol in symbols):
-        raise _ReadError("its alphabet holds a lone surrogate, which is no character")
+    _require(
+        isinstance(symbols, str)
+        and 2 <= len(symbols) == len(set(symbols)) <= LIMITS["alphabet"]
+        and not any("\ud800" <= symbol <= "\udfff" for symbol in symbols),
+        f"its alphabet is not a string of 2 to {LIMITS['alphabet']:,} different characters",
+    )
     for key in ("max_len", "units", "layers"):
         number = metadata.get(key)
-        if type(number) is not int or not 1 <= number <= LIMITS[key]:
-            raise _ReadError(f"its {key} is not a whole number from 1 to {LIMITS[key]}")
-    units, layers, size = metadata["units"], metadata["layers"], file.id.get_filesize()
-    shapes = weight_shapes(len(symbols), units, layers).values()
-    if 4 * sum(map(math.prod, shapes)) > size:
-        raise _ReadError(f"{layers} layers of {units} units can't fit in a file of {size} bytes")
+        suits = type(number) is int and 1 <= number <= LIMITS[key]
+        _require(suits, f"its {key} is not a whole number from 1 to {LIMITS[key]:,}")
     return metadata
+
+
+def _read_checkpoint(file):
+    count = len(_follow(file, CHECKPOINT)) if CHECKPOINT in file else 0
+    layers = len(file["model_weights"]) - 1
+    _require(count <= 16 * layers + 16, f"it holds a larger checkpoint than {layers} layers need")
+    names = [f"{CHECKPOINT}/{index}" for index in range(count)]
+    return _read_arrays(file, dict.fromkeys(names), sys.float_info.max)
+
+
+def _read_arrays(file, places, largest):
+    # Returns the arrays at several places, given with the shape that each should have.
+    found = [_find_array(file, name, shape) for name, shape in places.items()]
+    # Hard links can give the same bytes many names.
+    size = sum(each.nbytes for each in found)
+    _require(size <= file.id.get_filesize(), "its arrays claim more bytes than it has")
+    arrays = [each[()] for each in found]
+    for name, array in zip(places, arrays):
+        _require(is_within(array, largest), f"{name} holds NaN, or numbers beyond ±{largest:.3g}")
+    return arrays
+
+
+def _find_array(file, name, shape):
+    # Returns an h5py.Dataset that can be read at no risk; of any shape and kind of
+    # number if none is given, else float32.
+    found = _follow(file, name)
+    # Checked first: asking a virtual dataset for its shape would open other files.
+    _require(
+        isinstance(found, h5py.Dataset)
+        and found.id.get_offset() is not None  # neither virtual nor compressed, and written
+        and not found.id.get_create_plist().get_external_count(),
+        f"{name} is not an array stored in one piece",
+    )
+    _require(found.dtype.kind in "fiu" and found.shape is not None, f"{name} holds no numbers")
+    _require(
+        shape is None or (found.shape, found.dtype) == (shape, np.float32),
+        f"{name} should have shape {shape} and dtype float32. "
+        f"Received: shape {found.shape}, dtype {found.dtype}",
+    )
+    return found
 
 
 def _follow(file, name):
@@ -1015,41 +953,10 @@ def _follow(file, name):
     # external one could lead to another place, even another file.
     found = file
     for part in name.split("/"):
-        if not isinstance(found, h5py.Group) or not isinstance(
-            found.get(part, getlink=True), h5py.HardLink
-        ):
-            raise _ReadError(f"it has no {name}")
+        link = found.get(part, getlink=True) if isinstance(found, h5py.Group) else None
+        _require(isinstance(link, h5py.HardLink), f"it has no {name}")
         found = found[part]
     return found
-
-
-def _find_array(file, name, shape=None):
-    # Returns an h5py.Dataset that can be read at no risk; of any shape and kind of
-    # number if none is given, else float32.
-    found = _follow(file, name)
-    # Checked first: asking a virtual dataset for its shape would open other files.
-    layout = found.id.get_create_plist() if isinstance(found, h5py.Dataset) else None
-    if not layout or layout.get_layout() != h5py.h5d.CONTIGUOUS or layout.get_external_count():
-        raise _ReadError(f"{name} is not an array stored in one piece")
-    if found.dtype.kind not in "fiu" or found.shape is None:
-        raise _ReadError(f"{name} is not an array of numbers")
-    if shape and (found.shape != shape or found.dtype != np.float32):
-        raise _ReadError(
-            f"{name} should have shape {shape} and dtype float32. "
-            f"Received: shape {found.shape}, dtype {found.dtype}"
-        )
-    if found.id.get_offset() is None:
-        raise _ReadError(f"{name} was never written")
-    if found.nbytes > file.id.get_filesize():
-        raise _ReadError(f"{name} claims more bytes than the file has")
-    return found
-
-
-def _read_array(found, largest):
-    array = found[()]
-    if not is_within(array, largest):
-        raise _ReadError(f"{found.name[1:]} holds NaN, or numbers beyond ±{largest:.3g}")
-    return array
 
 
 def is_within(array, largest):
@@ -1063,13 +970,9 @@ def is_within(array, largest):
 class CommandLine(argparse.ArgumentParser):
     """An `argparse.ArgumentParser` whose every error is one line on stderr.
 
-    Like its parent it exits with status 2. It accepts no abbreviations, since a
-    new flag could change their meaning.
-
-    Args:
-        model_flag, flag: str, the flag that was probably forgotten before a word
-            that ends in `.h5`, and before any other.
-        options: as its parent takes them.
+    It accepts no abbreviations, since a new flag could change their meaning.
+    `model_flag` and `flag` are probably forgotten before a word that ends in `.h5`,
+    and before any other.
     """
 
     def __init__(self, model_flag, flag, **options):
@@ -1102,8 +1005,7 @@ def within(kind, low, high):
 
     def parse(text):
         with contextlib.suppress(ValueError):
-            number = kind(text)
-            if low <= number <= high:
+            if low <= (number := kind(text)) <= high:
                 return number
         raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low:,} to {high:,}")
 
@@ -1114,10 +1016,10 @@ def run_script(parser, run, args, lower):
     """Returns the exit status of a script's `run(args)`; what stops it becomes a line on stderr.
 
     Args:
-        parser: the script's `CommandLine`.
-        run: function that returns an exit status. It may raise a `UserError`, or a
-            KeyboardInterrupt with a signal's number and a str that says what was kept.
-        args: what `parser` parsed.
+        parser: the script's `CommandLine`, for its name and errors.
+        run: function that may raise a `UserError`, or a KeyboardInterrupt with a
+            signal's number and a str that says what was kept.
+        args: what `run` takes.
         lower: str, the flags to lower if there is not enough memory.
     """
     for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
@@ -1138,9 +1040,9 @@ def run_script(parser, run, args, lower):
         parser.error(f"can't write {error.filename or 'the output'}: {error.strerror}")
     except KeyboardInterrupt as stop:
         catch_signals(signal.SIG_IGN)  # it is stopping already
-        number, told = (*stop.args, "")[:2] if stop.args else (signal.SIGINT, "")
+        number, *told = stop.args or [signal.SIGINT]
         with contextlib.suppress(OSError):  # of a terminal that has gone
-            print(printable(f"Stopped: {told}") if told else "Stopped", file=sys.stderr)
+            print(printable(": ".join(["Stopped", *told])), file=sys.stderr)
         return 128 + number
     finally:
         for number, handler in before.items():
@@ -1155,17 +1057,15 @@ def interrupt(number, frame):
 def catch_signals(handler=interrupt):
     """Handles Ctrl-C, SIGTERM, and SIGHUP, which a closed terminal sends.
 
-    What was ignored before, as `nohup` does with SIGHUP, still is. Returns what
-    handled each until now, a dict by number; it is empty where Python allows no
-    handlers, outside the main thread.
+    What is ignored, as `nohup` does with SIGHUP, still is. Returns what handled each
+    until now, a dict by number.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return {}
-    names = {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}  # Windows has no SIGHUP
-    before = {number: signal.getsignal(number) for number in map(signal.Signals.__getitem__, names)}
-    for number, old in before.items():
-        if old != signal.SIG_IGN:
-            signal.signal(number, handler)
+    before = {}
+    with contextlib.suppress(ValueError):  # outside the main thread Python allows no handlers
+        for number in signal.Signals:
+            caught = number.name in ("SIGINT", "SIGTERM", "SIGHUP")
+            if caught and signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
     return before
 
 
@@ -1209,10 +1109,9 @@ def check_target(flag, path, inputs):
     with naming(flag, path, "write"):
         with contextlib.suppress(FileNotFoundError):
             os.stat(path)  # which fails for a name that is too long, or a circular link
-        folder = pathlib.Path(os.path.realpath(path)).parent
-        existing = next(each for each in (folder, *folder.parents) if each.exists())
         if not os.access(path, os.W_OK):
-            with tempfile.TemporaryFile(dir=existing):
+            folders = pathlib.Path(os.path.realpath(path)).parents
+            with tempfile.TemporaryFile(dir=next(filter(os.path.exists, folders))):
                 pass
 
 
@@ -1249,11 +1148,10 @@ def discard(stream):
 
 
 def printable(text):
-    """Returns a str that can't steer the terminal it is shown on.
+    """Returns a str that can't steer the terminal it is shown on: with escapes, but for `JOINERS`.
 
-    Characters that Python calls not printable (control and format characters,
-    line ends, lone surrogates), and those that are `INVISIBLE`, are replaced by
-    their escapes, but for `JOINERS`.
+    They replace what Python calls not printable (control and format characters, line
+    ends, lone surrogates) and what is `INVISIBLE`.
     """
     if text.isascii() and text.isprintable():
         return text

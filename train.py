@@ -61,8 +61,7 @@ DEFAULTS = {
     },
 }  # fmt: skip
 SHIPPED = pathlib.Path(__file__).parent / "pre_trained_models" / "user_names_10000.h5"
-# What is different for a network that has learned before.
-FINE_TUNING = {"learning_rate": 0.01, "dropout": 0.5, "recurrent_dropout": 0.3}
+FINE_TUNING_RATE = 0.005  # the learning rate for a network that has learned before
 # What makes two runs the same run, besides their data and network.
 SETTINGS = (
     "dropout", "recurrent_dropout", "batch_size", "learning_rate", "validation_split", "seed"
@@ -219,12 +218,15 @@ def choose_settings(args, characters, source):
     A network narrower than the usual one gets dropout in proportion to its width.
     """
     settings = next(each for most, each in DEFAULTS.items() if characters <= most)
-    settings = {"units": UNITS, **settings, **(FINE_TUNING if source else {})}
-    width = (args.units or UNITS) / UNITS
-    if width < 1:
-        for name in ("dropout", "recurrent_dropout"):
-            settings[name] = round(settings[name] * width, 3)
-    settings["validation_split"] = min(VALIDATION_SPLIT, LARGEST_VALIDATION / characters)
+    width = min(1, (args.units or UNITS) / UNITS)
+    settings = {
+        "units": UNITS,
+        **settings,
+        "dropout": round(settings["dropout"] * width, 3),
+        "recurrent_dropout": round(settings["recurrent_dropout"] * width, 3),
+        "learning_rate": FINE_TUNING_RATE if source else settings["learning_rate"],
+        "validation_split": min(VALIDATION_SPLIT, LARGEST_VALIDATION / characters),
+    }
     chosen = {name: value for name, value in settings.items() if getattr(args, name) is None}
     vars(args).update(chosen)
     return chosen
@@ -243,24 +245,23 @@ def split(corpus, fraction):
     kinds, counts = np.unique(hashes[hashes < limit], return_counts=True)
     # What occurs often is held out less likely: a model never invents what it did not learn.
     order = np.argsort(kinds.astype(float) * counts)
-    chosen = np.sort(kinds[order[counts[order].cumsum() <= most]])
-    held_out = np.append(chosen, 0)[np.searchsorted(chosen, hashes)] == hashes
+    chosen = kinds[order[counts[order].cumsum() <= most]]
+    held_out = np.concatenate([np.isin(block, chosen) for block in in_blocks(hashes)])
     return tuple(np.flatnonzero(side).astype(np.int32) for side in (~held_out, held_out))
 
 
 def hash_sequences(corpus):
-    """Returns a hash of each sequence, a uint64 array."""
+    """Returns a hash of each sequence, a uint32 array."""
     rng = np.random.default_rng(0)
     of_id, of_step = (
         rng.integers(2**64, size=size, dtype=np.uint64)
         for size in (len(corpus.alphabet), corpus.max_len + 1)
     )
-    hashes = np.empty(len(corpus), np.uint64)
-    for indices in in_blocks(np.arange(len(corpus))):
+    hashes = np.empty(len(corpus), np.uint32)
+    for indices in in_blocks(np.arange(len(corpus), dtype=np.int32)):
         places, steps = corpus.locate(indices)
-        hashes[indices] = np.add.reduceat(
-            of_id[corpus.targets[places]] * of_step[steps], np.flatnonzero(steps == 0)
-        )
+        products = of_id[corpus.targets[places]] * of_step[steps]
+        hashes[indices] = np.add.reduceat(products, np.flatnonzero(steps == 0)) >> 32
     return hashes
 
 
@@ -747,7 +748,7 @@ def read_earlier_run(progress):
     path, ways_out = progress.path, WAYS_OUT
     with model.naming("--save_path", path):
         try:
-            best, found, progress.checkpoint = model.load_checkpoint(path)
+            best, found, progress.checkpoint = model.load(path, checkpoint=True)
         except UserError as error:
             raise UserError(f"{error}; {ways_out}") from None
     progress.weights, then, now = best.weights, identify(found), identify(progress.metadata)

@@ -84,11 +84,11 @@ def finish(child):
     return child.before, child.wait()
 
 
-def assert_one_line_error(process, script):
-    """Asserts that a run failed as a user's mistake should."""
+def assert_refused(process, message):
+    """Asserts that a run failed as a user's mistake should, with a message, a pattern."""
     assert process.returncode == 2
-    assert process.stdout == ""
-    assert re.fullmatch(f"{script}: error: .*\n", process.stderr)
+    assert re.fullmatch(rf"\w+\.py: error: .*{message}.*\n", process.stderr)
+    assert not process.stdout or "train.py" in process.stderr
 
 
 @pytest.fixture
@@ -175,7 +175,8 @@ def random_model(alphabet, units=8, layers=2, max_len=6, seed=0, scale=1.0):
 
 def predict(trained, text):
     """The distributions of a model after the sentinel and each character of a text, one a row."""
-    logits = [trained.read(text[:end])[0][0] for end in range(len(text) + 1)]
+    state, ids = trained.start(), [0, *trained.alphabet.encode(text)]
+    logits = [trained.step(np.array([index]), state)[0] for index in ids]
     return model.distribution(np.array(logits))
 
 

@@ -1,65 +1,34 @@
 import collections
-import concurrent.futures
-import errno
-import json
 import math
 import os
-import signal
-import unicodedata
 
 import h5py
 import numpy as np
 import pytest
-from conftest import PRE_TRAINED, decode, enumerate_sequences, predict, random_model
+from conftest import PRE_TRAINED, decode, edit_metadata, enumerate_sequences, predict, random_model
 
 import model
 from loaders import UserError
-from model import Alphabet, CommandLine
+from model import CommandLine
 
 NOT_A_MODEL = r"not a model that train\.py saved"
 SHIPPED = sorted(PRE_TRAINED.glob("*.h5"))
 
 
-def assert_frequencies(counts, probabilities):
-    """Asserts that counts are a plausible draw, by Pearson's χ² with small cells merged."""
-    counts = np.asarray(counts)
-    expected = np.asarray(probabilities) * counts.sum()
-    order = np.argsort(-expected)
-    cells = np.arange(max(1, np.count_nonzero(expected >= 5)) + 1)
-    expected, observed = (np.add.reduceat([*x[order], 0], cells) for x in (expected, counts))
-    kept = expected > 0
-    assert observed[~kept].sum() == 0
-    statistic = ((observed - expected)[kept] ** 2 / expected[kept]).sum()
-    freedom = np.count_nonzero(kept) - 1
-    if not freedom:  # only one is possible, and nothing else came
-        return
-    # Wilson and Hilferty: the cube root of χ² is nearly normal. 4.5 σ is 1 in 300,000.
-    spread = 2 / (9 * freedom)
-    assert ((statistic / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread) < 4.5
-
-
 # Encoding
 
 
-def test_an_alphabet_names_what_it_does_not_know():
-    alphabet = Alphabet("\nabc")
-    np.testing.assert_array_equal(alphabet.encode("cab"), [3, 1, 2])
-    with pytest.raises(ValueError, match=r"never saw '\\n', 'X', 'é'"):
-        alphabet.encode("aXéb\nX")
-
-
-def test_the_alphabet_has_the_characters_that_are_kept_or_given():
+def test_a_corpus_has_the_characters_and_the_length_that_are_kept_or_given():
     corpus = model.build_corpus(["cab", "é", "abcz"], max_len=3, characters="xb")
-    assert corpus.alphabet.symbols == "\nabcxé"
+    assert (corpus.alphabet.symbols, corpus.max_len) == ("\nabcxé", 3)
     assert decode(corpus) == ["cab", "é", "abc"]
-
-
-def test_max_len_is_the_longest_but_at_most_64():
-    assert model.build_corpus(["abc", "de"]).max_len == 3
     assert model.build_corpus(["x" * 100]).max_len == 64
-    corpus = model.build_corpus(["abc", "de"], max_len=10)
-    assert corpus.max_len == 10
+    corpus = model.build_corpus(["abc", "de"])
+    assert corpus.max_len == 3
     np.testing.assert_array_equal(corpus.targets, [1, 2, 3, 0, 4, 5, 0])
+    assert model.build_corpus(["abc"], max_len=10).max_len == 10
+    with pytest.raises(ValueError, match="contain the sentinel, ' '"):
+        model.build_corpus(["ab", "a b"], sentinel=" ")
 
 
 @pytest.mark.parametrize(
@@ -79,70 +48,47 @@ def test_many_sequences_survive_encoding_in_the_smallest_type(characters, dtype)
     assert decode(corpus) == sequences
 
 
-def test_a_sequence_with_the_sentinel_is_refused():
-    with pytest.raises(ValueError, match="contain the sentinel, ' '"):
-        model.build_corpus(["ab", "a b"], sentinel=" ")
-
-
 def test_what_has_too_many_characters_is_refused(monkeypatch):
     monkeypatch.setitem(model.LIMITS, "alphabet", 4)
     assert len(model.build_corpus(["abcba"] * 2)) == 2
-    with pytest.raises(
-        ValueError, match="4 different characters are more than the 3 that a model can have"
-    ):
+    with pytest.raises(ValueError, match="4 different characters are more than the 3 that a model"):
         model.build_corpus(["abcd"])
 
 
 # The network
 
 
-@pytest.mark.parametrize("dropped", [False, True])
-def test_the_gradient_worked_out_by_hand_is_that_of_the_plain_recurrence(dropped):
+def test_the_gradient_worked_out_by_hand_is_the_slope_of_the_outputs():
     import tensorflow as tf
 
     rng = np.random.default_rng(0)
     steps, batch, units = 5, 3, 4
-    projected, weights = (
-        tf.constant(rng.standard_normal(shape), "float32")
-        for shape in [(steps, batch, 4 * units), (steps, batch, units)]
-    )
-    kernel = tf.constant(rng.standard_normal((units, 4 * units)), "float32")
+    shapes = (steps, batch, 4 * units), (units, 4 * units), (steps, batch, units)
+    *inputs, weights = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
     kept_cell = tf.constant(rng.choice([0, 1], (steps, batch, 1)), "float32")
-    kept_hidden = kept_cell * rng.choice([0, 2], (batch, units)) if dropped else kept_cell
+    kept_hidden = kept_cell * rng.choice([0, 2], (batch, units))
 
-    def plain(projected, kernel, kept_hidden, kept_cell):
-        hidden = cell = tf.zeros((batch, units))
-        outputs = []
-        for step in range(steps):
-            hidden, cell = hidden * kept_hidden[step], cell * kept_cell[step]
-            i, f, g, o = tf.split(projected[step] + hidden @ kernel, 4, axis=1)
-            cell = tf.sigmoid(f) * cell + tf.sigmoid(i) * tf.tanh(g)
-            hidden = tf.sigmoid(o) * tf.tanh(cell)
-            outputs.append(hidden)
-        return tf.stack(outputs)
-
-    def differentiate(function, projected):
+    @tf.function(jit_compile=True)
+    def differentiate(*inputs):
         with tf.GradientTape() as tape:
-            tape.watch([projected, kernel])
-            outputs = function(projected, kernel, kept_hidden, kept_cell)
-            total = tf.reduce_sum(outputs * weights)
-        return [outputs, *tape.gradient(total, [projected, kernel])]
+            tape.watch(inputs)
+            total = tf.reduce_sum(model.run_lstm(*inputs, kept_hidden, kept_cell) * weights)
+        return total, tape.gradient(total, inputs)
 
-    unknown_sizes = tf.TensorSpec([None, None, 4 * units])  # as while Keras fits
+    for place, gradient in enumerate(differentiate(*map(tf.constant, inputs))[1]):
+        change = 0.01 * rng.standard_normal(shapes[place]).astype(np.float32)
+        totals = []
+        for each in (change, -change):
+            moved = [*inputs[:place], inputs[place] + each, *inputs[place + 1 :]]
+            totals.append(float(differentiate(*map(tf.constant, moved))[0]))
+        slope = (totals[0] - totals[1]) / 2
+        assert slope == pytest.approx(float(np.sum(gradient * change)), rel=1e-3)
 
-    @tf.function(jit_compile=True, input_signature=[unknown_sizes])
-    def ours(projected):
-        return differentiate(model.run_lstm, projected)
 
-    for found, expected in zip(ours(projected), differentiate(plain, projected)):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_recurrent_dropout_is_for_training_and_for_what_is_read_back(share):
+def test_recurrent_dropout_is_for_training_and_for_what_is_read_back():
     import tensorflow as tf
 
-    _, lstm, *_ = model.build_layers(5, 64, 1, recurrent_dropout=share, seed=0, by_hand=True)
+    _, lstm, *_ = model.build_layers(5, 64, 1, recurrent_dropout=0.5, seed=0, by_hand=True)
     ids = np.eye(5, dtype=np.float32)[[[0, 1, 2, 3]] * 2]
     mask = np.array([[False, True, True, True]] * 2)
     compiled = tf.function(lstm, jit_compile=True)
@@ -151,14 +97,13 @@ def test_recurrent_dropout_is_for_training_and_for_what_is_read_back(share):
     )
     np.testing.assert_allclose(calm[:, 0], first[:, 0], atol=1e-6)  # nothing to read back yet
     for one, other in ((calm, first), (first, second), (first[0], first[1])):
-        assert np.allclose(one, other, atol=1e-6) == (share == 0)
+        assert not np.allclose(one, other, atol=1e-6)
 
 
-@pytest.mark.parametrize("path", [*SHIPPED, None], ids=lambda path: path and path.stem)
-def test_stock_keras_opens_a_file_and_agrees(trained, path):
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_stock_keras_opens_a_file_and_agrees(path):
     import keras
 
-    path = path or trained[0] / "incognito_model.h5"
     network = keras.models.load_model(path)
     ours, _ = model.load(path)
     texts = [*ours.sample(count=20, seed=0), *ours.sample(count=20, temperature=3, max_len=60)]
@@ -170,32 +115,12 @@ def test_stock_keras_opens_a_file_and_agrees(trained, path):
         np.testing.assert_allclose(predict(ours, text), expected[: len(text) + 1], atol=1e-5)
 
 
-def test_a_loaded_file_is_a_compiled_model_that_learns_on(trained):
-    import keras
-
-    network = keras.models.load_model(trained[0] / "incognito_model.h5")
-    ours, _ = model.load(trained[0] / "incognito_model.h5")
-    ids = np.array([[0, *ours.alphabet.encode(text)] for text in ("hello", "there")])
-    inputs = np.eye(len(ours.alphabet), dtype=np.float32)[ids]
-    targets = np.roll(ids, -1, axis=1)
-    before = network.evaluate(inputs, targets, verbose=0)
-    network.fit(inputs, targets, epochs=10, verbose=0)
-    assert network.evaluate(inputs, targets, verbose=0) < before
-
-
 # Sampling
 
 
 SHAPES = [
-    {},
-    {"temperature": 0.5},
-    {"temperature": 2.0},
-    {"top_k": 3},
-    {"top_p": 0.7},
-    {"top_k": 100, "top_p": 1.0},
-    {"temperature": 3.0, "top_k": 5, "top_p": 0.8},
-    {"top_k": 1},
-    {"top_p": 0.0},
+    *({}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.7}, {"top_k": 1}, {"top_p": 0.0}),
+    *({"top_k": 100, "top_p": 1.0}, {"temperature": 3.0, "top_k": 5, "top_p": 0.8}),
 ]
 
 
@@ -233,7 +158,9 @@ def test_whole_sequences_follow_the_distribution(prompt, shape):
     assert sum(probabilities.values()) == pytest.approx(1)
     texts = collections.Counter(invented.sample(prompt, 30_000, **shape, seed=3))
     assert set(texts) <= set(probabilities)
-    assert_frequencies([texts[text] for text in probabilities], list(probabilities.values()))
+    for text, probability in probabilities.items():
+        expected = 30_000 * probability
+        assert abs(texts[text] - expected) < 5 * math.sqrt(expected) + 3  # about 5 σ
 
 
 def test_temperature_0_takes_the_likeliest_and_near_0_tends_to_it():
@@ -246,36 +173,17 @@ def test_temperature_0_takes_the_likeliest_and_near_0_tends_to_it():
         assert set(invented.sample(count=5, temperature=temperature)) == {expected}
 
 
-@pytest.mark.parametrize(
-    "shape", [{}, {"temperature": 0}, {"temperature": 9}, {"top_k": 1}, {"top_p": 0.0}], ids=str
-)
-def test_no_sequence_is_empty_however_likely_its_end_is(shape):
-    invented = random_model("\nabc")
-    invented.weights[-1][0] += 1000
-    assert set(map(len, invented.sample(count=500, **shape))) == {1}
-    assert set(invented.sample("ab", 500, **shape)) == {"ab"}
-
-
-def test_what_is_invented_has_one_spelling():
-    invented = random_model("\naá\u0301", max_len=9)
-    invented.weights[-1][...] = [-100, 0, 0, 8]  # no end, and mostly accents
-    assert set(invented.sample("a\u0301", 9, max_len=1)) == {"á"}
-    for prompt in ("", "a"):
-        texts = list(invented.sample(prompt, 500))
-        assert any("á\u0301" in text for text in texts)
-        assert all(unicodedata.is_normalized("NFC", text) for text in texts)
-        # An accent drawn after an `a` would have been composed with it, into one character less.
-        assert {len(text) for text in texts} == {9}
-
-
-def test_a_larger_count_begins_with_the_sequences_of_a_smaller_one():
+@pytest.mark.parametrize("batch", [1, 64, 2048])
+def test_a_larger_count_begins_with_the_sequences_of_a_smaller_one(monkeypatch, batch):
     invented = random_model("\nabcdef", max_len=20)
-    few, many = (list(invented.sample("b", count, seed=5)) for count in (10, 3000))
+    few = list(invented.sample("b", 10, seed=5))
+    monkeypatch.setattr(model, "LARGEST_BATCH", batch)
+    many = list(invented.sample("b", 300, seed=5))
     assert many[:10] == few
-    assert len(many) == 3000
-    assert len(set(many)) > 300
+    assert len(many) == 300
+    assert len(set(many)) > 30
     endless = invented.sample("b", None, seed=5)
-    assert [next(endless) for _ in range(3000)] == many
+    assert [next(endless) for _ in range(300)] == many
 
 
 def test_a_larger_max_len_goes_on_with_the_sequences_of_a_smaller_one():
@@ -285,40 +193,12 @@ def test_a_larger_max_len_goes_on_with_the_sequences_of_a_smaller_one():
     assert max(map(len, long)) > 5
 
 
-@pytest.mark.parametrize("batch", [1, 64])
-def test_a_seed_gives_the_same_sequences_whatever_the_batch_size(monkeypatch, batch):
-    trained, _ = model.load(SHIPPED[1])
-    expected = list(trained.sample("S", 130, seed=2))
-    monkeypatch.setattr(model, "LARGEST_BATCH", batch)
-    assert list(trained.sample("S", 130, seed=2)) == expected
-
-
-@pytest.mark.parametrize("max_len", [1, 2, 7, 200])
-def test_sequences_never_exceed_max_len(max_len):
-    invented = random_model("\nab", scale=0.1)
-    texts = list(invented.sample("a", 300, max_len=max_len))
-    assert max(map(len, texts)) <= max_len
-    assert all(text.startswith("a") for text in texts)
-    assert max(map(len, invented.sample("", 300))) <= invented.max_len
-
-
 @pytest.mark.parametrize(
-    "shape",
-    [{"top_k": 0}, {"top_k": -1}, {"top_p": 1.5}, {"temperature": -1}, {"temperature": np.nan}],
-    ids=str,
+    ("name", "value"), [("top_k", 0), ("top_p", 1.5), ("temperature", -1), ("temperature", np.nan)]
 )
-def test_a_shape_that_can_not_be_is_an_error_at_once(shape):
-    ((name, value),) = shape.items()
-    for function in (random_model("\nab").sample, lambda **shape: model.distribution([1], **shape)):
-        with pytest.raises(ValueError, match=rf"^{name} should be .* Received: {value}$"):
-            function(**shape)
-
-
-def test_a_prompt_longer_than_max_len_is_an_error():
-    invented = random_model("\nab", max_len=3)
-    assert list(invented.sample("aba", 2)) == ["aba", "aba"]
-    with pytest.raises(ValueError, match="it has 4 characters, but max_len is 3"):
-        invented.sample("abab")
+def test_a_shape_that_can_not_be_is_an_error_at_once(name, value):
+    with pytest.raises(ValueError, match=rf"^{name} should be .* Received: {value}$"):
+        random_model("\nab").sample(**{name: value})
 
 
 # The file
@@ -337,29 +217,11 @@ def test_a_failed_save_leaves_the_file_as_it_was(tmp_path):
         model.save(path, weights, metadata, [object()])
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["model.h5"]
-    loaded, found, (checkpoint,) = model.load_checkpoint(path)
+    loaded, found, (checkpoint,) = model.load(path, checkpoint=True)
     assert found == {"format": model.FORMAT, **metadata}
     np.testing.assert_array_equal(checkpoint, [0, 1, 2])
     for ours, theirs in zip(loaded.weights, weights):
         np.testing.assert_array_equal(ours, theirs)
-
-
-def test_what_is_read_is_of_one_epoch_while_another_program_saves(tmp_path):
-    path, seen, weights = tmp_path / "model.h5", set(), random_model("\nab", 2, 1).weights
-
-    def save(epoch):
-        weights[-1][...] = epoch
-        model.save(path, weights, {**describe("\nab"), "epoch": epoch}, [np.array([epoch])])
-
-    save(0)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        writer = pool.submit(lambda: [save(epoch) for epoch in range(1, 100)])
-        while not writer.done():
-            trained, metadata, (checkpoint,) = model.load_checkpoint(path)
-            seen.add((trained.weights[-1][0], metadata["epoch"], checkpoint[0]))
-        writer.result()
-    assert len(seen) > 1
-    assert all(len(set(each)) == 1 for each in seen)
 
 
 def test_an_alphabet_of_any_size_is_kept(tmp_path):
@@ -372,11 +234,11 @@ def test_an_alphabet_of_any_size_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("replaceable", [True, False])
-def test_replacing_keeps_permissions_and_may_write_into_the_file(
+def test_replacing_keeps_permissions_at_all_times_and_may_write_into_the_file(
     tmp_path, monkeypatch, replaceable
 ):
     def refuse(*paths):  # as where a single file is mounted into a container
-        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        raise PermissionError
 
     path, link = tmp_path / "target", tmp_path / "link"
     path.write_bytes(b"something longer")
@@ -387,6 +249,7 @@ def test_replacing_keeps_permissions_and_may_write_into_the_file(
         monkeypatch.setattr(os, "replace", refuse)
     with model.replacing(link) as file:
         file.write(b"new")
+        assert {each.stat().st_mode for each in tmp_path.iterdir()} == {before.st_mode}
     assert path.read_bytes() == b"new"
     assert path.stat().st_mode == before.st_mode
     assert (path.stat().st_ino == before.st_ino) != replaceable
@@ -404,37 +267,16 @@ def test_a_new_file_gets_the_permissions_that_any_other_would(tmp_path):
 KERNEL = "model_weights/lstm_1/kernel"
 
 
-def set_metadata(**changes):
-    def tamper(file):
-        metadata = json.loads(file.attrs[model.METADATA])
-        file.attrs[model.METADATA] = np.bytes_(json.dumps(metadata | changes))
-
-    return tamper
-
-
-def replace_metadata(value):
+def set_metadata(value):
     return lambda file: file.attrs.create(model.METADATA, value)
 
 
-def replace_kernel(make):
-    def tamper(file):
-        kernel = file[KERNEL][()]
-        del file[KERNEL]
-        file[KERNEL] = make(file, kernel)
-
-    return tamper
+def link_kernel(make_link):
+    return lambda file: file.pop(KERNEL) and file.__setitem__(KERNEL, make_link(file))
 
 
 def store_kernel(**options):
-    def tamper(file):
-        kernel = file.pop(KERNEL)
-        file.create_dataset(KERNEL, kernel.shape, kernel.dtype, **options)
-
-    return tamper
-
-
-def set_weight(value):
-    return lambda file: file[KERNEL].__setitem__((0, 0), value)
+    return lambda file: file.pop(KERNEL) and file.create_dataset(KERNEL, (3, 8), "f4", **options)
 
 
 def borrow_kernel(file):
@@ -442,8 +284,8 @@ def borrow_kernel(file):
     del file[KERNEL]
     path = file.filename + ".pipe"
     os.mkfifo(path)
-    layout = h5py.VirtualLayout((39, 128), np.float32, maxshape=(None, 128))
-    source = h5py.VirtualSource(path, "x", (39, 128), np.float32, maxshape=(None, 128))
+    layout = h5py.VirtualLayout((3, 8), np.float32, maxshape=(None, 8))
+    source = h5py.VirtualSource(path, "x", (3, 8), np.float32, maxshape=(None, 8))
     layout[: h5py.h5s.UNLIMITED, :] = source[: h5py.h5s.UNLIMITED, :]
     file.create_virtual_dataset(KERNEL, layout)
 
@@ -451,82 +293,62 @@ def borrow_kernel(file):
 WRONG = [
     {"format": 1},
     {"format": 3},
-    {"alphabet": None},
-    {"alphabet": "\naa"},
-    {"alphabet": "\na\ud800"},
-    {"alphabet": "\nab"},
-    {"max_len": None},
     {"max_len": True},
     {"max_len": 10**30},
-    {"units": 0},
-    {"units": 2**20},
-    {"layers": 2**20},
-    {"layers": 2},
+    {"more": "x" * 2**22},
 ]
+WRONG += [{"alphabet": "\na" + other} for other in ("a", "\ud800", "bc")]
+WRONG += [{"units": 0}, {"units": 2**20}, {"layers": 2**20}, {"layers": 1}]
 TAMPERED = {
-    **{str(change): set_metadata(**change) for change in WRONG},
     "no metadata": lambda file: file.attrs.pop(model.METADATA),
-    "metadata of another type": replace_metadata(3),
-    "metadata of variable size": replace_metadata("{}"),
-    "metadata not JSON": replace_metadata(np.bytes_("{")),
-    "metadata not UTF-8": replace_metadata(np.bytes_(b'"\xff"')),
-    "metadata not an object": replace_metadata(np.bytes_("[]")),
-    "metadata too deep": replace_metadata(np.bytes_("[" * 60_000)),
-    "metadata too long": set_metadata(more="x" * model.METADATA_SIZE),
-    "no weights": lambda file: file.pop("model_weights"),
-    "no kernel": lambda file: file.pop(KERNEL),
-    "a group for a kernel": lambda file: (file.pop(KERNEL), file.create_group(KERNEL)),
-    "a flat kernel": replace_kernel(lambda file, x: x.ravel()),
-    "a double kernel": replace_kernel(lambda file, x: x.astype(float)),
-    "text for a kernel": replace_kernel(lambda file, x: "text"),
-    "a soft link": replace_kernel(lambda file, x: h5py.SoftLink("/model_weights/lstm_2/kernel")),
-    "an external link": replace_kernel(lambda file, x: h5py.ExternalLink(file.filename, KERNEL)),
+    "metadata of variable size": set_metadata("{}"),
+    "metadata too deep": set_metadata(np.bytes_("[" * 60_000)),
+    "a soft link": link_kernel(lambda file: h5py.SoftLink("/model_weights/lstm_2/kernel")),
+    "an external link": link_kernel(lambda file: h5py.ExternalLink(file.filename, KERNEL)),
     "a chunked kernel": store_kernel(compression="gzip"),
     "a kernel never written": store_kernel(),
     "a kernel elsewhere": store_kernel(external=[("/dev/zero", 0, h5py.h5f.UNLIMITED)]),
     "a kernel from another file": borrow_kernel,
-    "NaN": set_weight(np.nan),
-    "infinity": set_weight(np.inf),
-    "a weight that would overflow": set_weight(1e31),
+    "NaN": lambda file: file[KERNEL].__setitem__((0, 0), np.nan),
+    "a weight that would overflow": lambda file: file[KERNEL].__setitem__((0, 0), 1e31),
 }
 
 
 @pytest.fixture
-def copy(tmp_path, trained):
-    path = tmp_path / "model.h5"
-    path.write_bytes((trained[0] / "incognito_model.h5").read_bytes())
-    return path
+def saved(tmp_path):
+    weights, metadata = random_model("\nab", 2, 2).weights, describe("\nab", 2, 2)
+    model.save(tmp_path / "model.h5", weights, metadata, [*weights, np.arange(60_000)])
+    model.load(tmp_path / "model.h5")
+    return tmp_path / "model.h5"
+
+
+@pytest.mark.parametrize("changes", WRONG, ids=lambda changes: str(changes)[:30])
+def test_a_file_with_other_metadata_is_refused(saved, changes):
+    edit_metadata(saved, **changes)
+    with pytest.raises(UserError, match=NOT_A_MODEL):
+        model.load(saved)
 
 
 @pytest.mark.parametrize("tamper", TAMPERED.values(), ids=TAMPERED)
-def test_a_file_that_is_not_a_whole_model_is_refused(copy, tamper):
-    model.load(copy)
-    with h5py.File(copy, "r+") as file:
+def test_a_file_that_is_not_a_whole_model_is_refused(saved, tamper):
+    with h5py.File(saved, "r+") as file:
         tamper(file)
-    with pytest.raises(ValueError, match=NOT_A_MODEL) as caught:
-        model.load(copy)
+    with pytest.raises(UserError, match=NOT_A_MODEL) as caught:
+        model.load(saved)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.6, 0.999])
-def test_a_truncated_file_is_refused(copy, share):
-    content = copy.read_bytes()
-    copy.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match=NOT_A_MODEL):
-        model.load(copy)
-
-
 @pytest.mark.parametrize(
-    ("count", "message"), [(60, "claim more bytes than it has"), (65, "larger checkpoint than 3")]
+    ("count", "message"), [(40, "claim more bytes than it has"), (65, "larger checkpoint than 2")]
 )
-def test_arrays_that_share_their_bytes_are_refused(copy, count, message):
-    with h5py.File(copy, "r+") as file:
+def test_arrays_that_share_their_bytes_are_refused(saved, count, message):
+    with h5py.File(saved, "r+") as file:
         checkpoint = file[model.CHECKPOINT]
         largest = max(checkpoint.values(), key=lambda array: array.nbytes)
         for index in range(len(checkpoint), count):
             checkpoint[str(index)] = largest
     with pytest.raises(UserError, match=message):
-        model.load_checkpoint(copy)
+        model.load(saved, checkpoint=True)
 
 
 def test_a_pipe_is_refused_at_once(tmp_path):
@@ -538,40 +360,13 @@ def test_a_pipe_is_refused_at_once(tmp_path):
 # What both command lines share
 
 
-@pytest.mark.parametrize(
-    ("raised", "status", "told"),
-    [
-        (UserError("--n: no\x1b"), 2, r"x.py: error: --n: no\x1b"),
-        (OSError(errno.EPIPE, "Broken"), 2, "x.py: error: can't write the output: Broken"),
-        (OSError(errno.ENOSPC, "Full", "a.h5"), 2, "x.py: error: can't write a.h5: Full"),
-        (MemoryError(), 2, "x.py: error: there is not enough memory; lower --units"),
-        (KeyboardInterrupt(), 130, "Stopped"),
-        (KeyboardInterrupt(signal.SIGTERM, "a.h5 is kept"), 143, "Stopped: a.h5 is kept"),
-    ],
-    ids=repr,
-)
-def test_what_stops_a_script_gets_one_line(capsys, raised, status, told):
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        found = run_script(raised)
-    except SystemExit as stop:
-        found = stop.code
-    assert found == status
-    assert capsys.readouterr() == ("", f"{told}\n")
-    assert signal.getsignal(signal.SIGINT) == handler
-
-
 @pytest.mark.parametrize("bug", [ValueError("a bug"), OSError("not from the system")], ids=repr)
 def test_a_bug_is_not_told_as_a_mistake_of_the_user(bug):
-    with pytest.raises(type(bug), match=str(bug)):
-        run_script(bug)
-
-
-def run_script(raised):
     def run(args):
-        raise raised
+        raise bug
 
-    return model.run_script(CommandLine("--m", "--f", prog="x.py"), run, None, "--units")
+    with pytest.raises(type(bug), match=str(bug)):
+        model.run_script(CommandLine("--m", "--f", prog="x.py"), run, None, "--units")
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def main():
         other, _ = load_model(args.against, path) if args.against else (None, None)
         network = keras.models.load_model(path)
     peer = Peer(trained)
-    logits, _ = trained.read("Al")
+    logits, _ = trained.read_prompt("Al")
     theirs, _ = peer.lstm(torch.eye(peer.characters)[[0, *trained.alphabet.encode("Al")]][None])
     np.testing.assert_allclose(logits, peer.dense(theirs[0, -1:]).detach(), atol=1e-4)
     square = np.random.default_rng(0).random((2048, 2048), np.float32)
