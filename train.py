@@ -1,16 +1,15 @@
 """Learns to write sequences like those in a file and saves what it learned as an `.h5`.
 
-The flags → the data → the batches → the network → an earlier run, if there is one →
-several devices → training by Keras's `fit` and its callbacks. `run`, near the end, is the
-whole of it.
+The flags → the data → the batches → the network → a run and its file → several devices →
+training by Keras's `fit` and its callbacks. `run`, near the end, is the whole of it.
 """
 
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import gc
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -38,9 +37,7 @@ DESCRIPTION = "Learns to write sequences like those in a file and saves what it 
 EXAMPLES = """examples:
   python train.py --sequence_path pre_trained_models/english_words_5000.txt
   python train.py --sequence_path pre_trained_models/user_names_10000.csv \\
-      --units 64 --epochs 5 --save_path names.h5
-  python train.py --sequence_path pre_trained_models/english_words_5000.txt \\
-      --init_from names.h5 --save_path tuned.h5
+      --init_from incognito_model.h5 --save_path names.h5
 
 The same command again continues an interrupted run; a larger --epochs extends a
 finished one. Ctrl-C stops and keeps the run up to its last whole epoch.
@@ -65,20 +62,20 @@ FINE_TUNING_RATE = 0.005  # the learning rate for a network that has learned bef
 SETTINGS = (
     "dropout", "recurrent_dropout", "batch_size", "learning_rate", "validation_split", "seed"
 )  # fmt: skip
+WAYS_OUT = "pass --overwrite to start over, or another --save_path"
 SHOWN = 8  # sequences that are invented after each epoch
 LINE_WIDTH = 100  # characters that are shown of each
-LARGEST_NETWORK = 2**30  # weights; Adam and the best epoch take four times as many numbers
+MOST_WEIGHTS = 2**30  # weights; Adam and the best epoch take four times as many numbers
 SEQUENCES_PER_ROW = 4  # with fewer, rows are less equally long; with more, products are too small
 VALIDATION_BATCH = 256  # sequences
-# What a stack of batches holds at most. More operations would keep progress and Ctrl-C
-# waiting, more batches would not make it faster, more cells would only take memory.
-LARGEST_STACK = {"operations": 2 * 10**11, "batches": 64, "cells": 2**16}
+# In a stack of batches. More operations would keep progress and Ctrl-C waiting, more batches
+# would not make it faster, more cells would only take memory.
+MOST_OPERATIONS, MOST_BATCHES, MOST_CELLS = 2 * 10**11, 64, 2**16
 # Of a pass; it is divided into parts of at most so many, after each of which the run is
 # validated and saved: some minutes on two cores.
 LARGEST_PART = 3 * 10**13
 LARGEST_VALIDATION = 300_000  # characters held out unless --validation_split is given
 OPERATIONS_PER_DEVICE = 3 * 10**7  # of a batch: with fewer, dividing it gains nothing
-BACKENDS = ("tensorflow", "jax")
 
 
 # The flags
@@ -89,53 +86,50 @@ def make_parser():
     options = {"prog": "train.py", "description": DESCRIPTION, "epilog": EXAMPLES}
     parser = CommandLine("--save_path", "--sequence_path", **options)
 
-    def add(group, flag, metavar, kind, text, default=None):
+    def add(group, flag, metavar_and_type, text, default=None):
         text += "" if default is None else " (default: %(default)s)"
-        kind = within(*kind) if isinstance(kind, tuple) else kind
+        metavar, kind = metavar_and_type
         group.add_argument(flag, metavar=metavar, type=kind, default=default, help=text)
 
-    path, share = os.path.expanduser, (float, 0, 0.9)
-    sizes = {name: (int, 1, most) for name, most in model.LIMITS.items()}
-    epochs = int, 1, 50_000  # more losses would make the metadata too long
+    def count(most, least=1):
+        return "N", within(int, least, most)
+
+    expand = os.path.expanduser
+    path, folder, share = ("FILE", expand), ("DIR", expand), ("SHARE", within(float, 0, 0.9))
+    epochs, sizes = count(50_000), model.LIMITS  # more losses would make the metadata too long
 
     data = parser.add_argument_group("data")
     loaders = "; ".join(f"{name}: {loader.summary}" for name, loader in LOADERS.items())
     loaders += " (default: by the file's name)"
     data.add_argument("--loader_class", metavar="CLASS", choices=LOADERS, help=loaders)
-    learned = "what to learn; - is standard input"
-    add(data, "--sequence_path", "FILE", path, learned, "sequences.txt")
-    data.add_argument("--sequences_path", dest="sequence_path", type=path, help=argparse.SUPPRESS)
-    first = "read only the first N (default: all)"
-    add(data, "--num_sequences", "N", (int, 1, 10**12), first)
+    add(data, "--sequence_path", path, "what to learn; - is standard input", "sequences.txt")
+    data.add_argument("--sequences_path", dest="sequence_path", type=expand, help=argparse.SUPPRESS)
+    add(data, "--num_sequences", count(10**12), "read only the first N (default: all)")
     cut = f"cut to N characters (default: longest, up to {model.DEFAULT_MAX_LEN})"
-    add(data, "--max_len", "N", sizes["max_len"], cut)
-    mark = r"marks the end; in no sequence (default: \n)"
-    add(data, "--sentinel", "CHAR", one_character, mark)
-    held_out = "held out to choose the best epoch (default: 0.1, less of a long list)"
-    add(data, "--validation_split", "SHARE", share, held_out)
+    add(data, "--max_len", count(sizes["max_len"]), cut)
+    add(data, "--sentinel", ("CHAR", one_character), r"marks the end; in no sequence (default: \n)")
+    add(data, "--validation_split", share, "held out to find the best epoch (default: at most 0.1)")
 
     fit = "by default what suits the amount of data"
     network = parser.add_argument_group(f"network ({fit})")
-    add(network, "--units", "N", sizes["units"], f"width of each LSTM layer (default: {UNITS})")
-    add(network, "--layers", "N", sizes["layers"], "LSTM layers")
-    add(network, "--dropout", "SHARE", share, "share of outputs to drop")
-    add(network, "--recurrent_dropout", "SHARE", share, "share of recurrent inputs to drop")
+    add(network, "--units", count(sizes["units"]), f"width of each LSTM layer (default: {UNITS})")
+    add(network, "--layers", count(sizes["layers"]), "LSTM layers")
+    add(network, "--dropout", share, "share of outputs to drop")
+    add(network, "--recurrent_dropout", share, "share of recurrent inputs to drop")
 
     training = parser.add_argument_group(f"training ({fit})")
-    size = "sequences per update of the weights"
-    add(training, "--batch_size", "N", (int, 1, 2**20), size)
-    add(training, "--epochs", "N", epochs, "passes over the data, in total")
-    add(training, "--learning_rate", "RATE", (float, 1e-9, 10), "Adam's; decays to 0")
-    patience = "stop N epochs after the best one (default: never)"
-    add(training, "--patience", "N", epochs, patience)
-    add(training, "--seed", "N", (int, 0, 2**32 - 1), "another seed gives another model", 0)
+    add(training, "--batch_size", count(2**20), "sequences per update of the weights")
+    add(training, "--epochs", epochs, "passes over the data, in total")
+    add(training, "--learning_rate", ("RATE", within(float, 1e-9, 10)), "Adam's; decays to 0")
+    add(training, "--patience", epochs, "stop N epochs after the best one (default: never)")
+    add(training, "--seed", count(2**32 - 1, 0), "another seed gives another model", 0)
     several = "use all GPUs or hosts; needs KERAS_BACKEND=jax"
     training.add_argument("--distribute", action="store_true", help=several)
 
     files = parser.add_argument_group("files")
-    add(files, "--save_path", "FILE", path, "the model", "incognito_model.h5")
-    add(files, "--init_from", "FILE", path, "a model to start from (default: none)")
-    add(files, "--log_dir", "DIR", path, "for losses.csv and TensorBoard (default: none)")
+    add(files, "--save_path", path, "the model", "incognito_model.h5")
+    add(files, "--init_from", path, "a model to start from (default: none)")
+    add(files, "--log_dir", folder, "for losses.csv and TensorBoard (default: none)")
     files.add_argument("--overwrite", action="store_true", help="start over if --save_path exists")
     return parser
 
@@ -144,26 +138,17 @@ def one_character(text):
     """The `argparse` type of `--sentinel`, which takes four escapes, too."""
     character = compose({r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\0": "\0"}.get(text, text))
     if len(character) != 1 or "\ud800" <= character <= "\udfff":
-        points = ", ".join(f"U+{ord(point):04X}" for point in character[:8]) or "none"
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a single character, but {len(character)} code points: {points}"
-        )
+        raise argparse.ArgumentTypeError(f"{character!a} is not a single Unicode character")
     return character
 
 
 def check_flags(args):
     """Raises a `UserError`, before anything is read or imported, if the flags can't work."""
-    if args.patience and args.validation_split == 0:
-        raise UserError(
-            "--patience waits for a better validation loss, so it needs a "
-            "--validation_split above 0"
-        )
-    if args.distribute and os.environ.get("KERAS_BACKEND") != "jax":
-        raise UserError(
-            "--distribute: needs Keras on JAX: pip install jax, and set KERAS_BACKEND=jax"
-        )
-    if os.environ.get("KERAS_BACKEND"):
-        check_backend(os.environ["KERAS_BACKEND"])
+    backend = os.environ.get("KERAS_BACKEND")
+    if args.distribute and backend != "jax":
+        raise UserError("--distribute needs Keras on JAX: pip install jax; set KERAS_BACKEND=jax")
+    if backend:
+        check_backend(backend)
     inputs = ("--sequence_path", args.sequence_path), ("--init_from", args.init_from)
     model.check_target("--save_path", args.save_path, inputs)
     if not args.save_path.lower().endswith((".h5", ".hdf5")):
@@ -174,21 +159,13 @@ def check_flags(args):
 
 
 class Data(typing.NamedTuple):
-    """What there is to learn from.
-
-    Attributes:
-        corpus: `model.Corpus`.
-        training: int32 array, the indices of the sequences to learn.
-        held_out: int32 array, those of the sequences to validate with.
-        loader: what read them, of one of the classes in `LOADERS`.
-        chosen: dict, the settings that depend on how much there is, by their flags.
-    """
+    """What there is to learn from."""
 
     corpus: model.Corpus
-    training: np.ndarray
-    held_out: np.ndarray
-    loader: object
-    chosen: dict
+    training: np.ndarray  # int32, the indices of the sequences to learn
+    held_out: np.ndarray  # int32, those of the sequences to validate with
+    loader: object  # what read them, of one of the classes in `LOADERS`
+    chosen: dict  # the settings that depend on how much there is, by their flags
 
 
 def read_source(args):
@@ -202,10 +179,7 @@ def read_source(args):
                 raise UserError(f"--{name}: {args.init_from} has {metadata[name]}; omit the flag")
             setattr(args, name, metadata[name])
         if args.sentinel is not None and args.sentinel in source.alphabet.symbols[1:]:
-            raise UserError(
-                f"--sentinel: {args.init_from} already uses {args.sentinel!r} as a character; "
-                f"omit the flag to keep its sentinel, {source.alphabet.sentinel!r}"
-            )
+            raise UserError(f"--sentinel: {args.init_from} knows it as a character; omit the flag")
     if args.sentinel is None:
         args.sentinel = source.alphabet.sentinel if source else SENTINEL
     return source
@@ -219,26 +193,17 @@ def read_data(args, source):
     path, sentinel = args.sequence_path, args.sentinel
     loader = find_loader(path, args.loader_class)(path, max_sequences=args.num_sequences)
     characters = source.alphabet.symbols[1:] if source else ""
-    clashes = []
 
     def without_sentinel():
         for sequence in loader:
             if sentinel in sequence:
-                clashes.append(loader.line)
-                sequence = sequence.replace(sentinel, "")
+                raise loader.error(
+                    f"the sequence contains the sentinel {sentinel!r}; pass --sentinel '\\0'"
+                )
             yield sequence
 
     with model.naming("--sequence_path", path):
         corpus = model.build_corpus(without_sentinel(), sentinel, args.max_len, characters)
-        if clashes:
-            candidates = itertools.chain(" |~^_", map(chr, range(33, 0x110000)))
-            used = corpus.alphabet.symbols
-            free = next(s for s in candidates if s not in used and model.printable(s) == s)
-            raise UserError(
-                f"{path}, line {clashes[0]}: the sequence contains the sentinel {sentinel!r} "
-                f"({len(clashes):,} sequences do); pass a character that none contains, such as "
-                f"--sentinel {shlex.quote(free)}"
-            )
     chosen = choose_settings(args, len(corpus.targets), source)
     return Data(corpus, *split(corpus, args.validation_split), loader, chosen)
 
@@ -305,35 +270,23 @@ def in_blocks(indices):
 
 def count_characters(corpus, indices):
     """Counts the targets of sequences, an int array of indices: returns an array by id."""
-    counts = np.zeros(len(corpus.alphabet), int)
-    for block in in_blocks(indices):
-        targets = corpus.targets[corpus.locate(block)[0]]
-        counts += np.bincount(targets, minlength=len(counts))
-    return counts
+    targets = (corpus.targets[corpus.locate(block)[0]] for block in in_blocks(indices))
+    return sum(np.bincount(each, minlength=len(corpus.alphabet)) for each in targets)
 
 
 def check_data(args, data):
     """Raises a `UserError` if the flags don't suit the data."""
     if args.patience and not len(data.held_out):
-        raise UserError(
-            f"--patience: {args.validation_split} of {len(data.corpus):,} sequences leaves none to "
-            "validate with; omit --patience or raise --validation_split"
-        )
+        raise UserError("--patience: nothing is held out to judge by; raise --validation_split")
     shapes = model.weight_shapes(len(data.corpus.alphabet), args.units, args.layers).values()
     count = sum(map(math.prod, shapes))
-    if count > LARGEST_NETWORK:
-        raise UserError(
-            f"{args.layers:,} layers of {args.units:,} units are {count:,} parameters, over "
-            f"{LARGEST_NETWORK:,}; lower --units or --layers"
-        )
+    if count > MOST_WEIGHTS:
+        raise UserError(f"{count:,} parameters, over {MOST_WEIGHTS:,}; lower --units or --layers")
 
 
 def hash_bytes(*parts):
     """Returns the SHA-256, a str, of bytes and arrays, one after the other."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 # The batches
@@ -466,59 +419,13 @@ def count_rows(batch_size):
     return math.ceil(batch_size / SEQUENCES_PER_ROW)
 
 
-def choose_depth(corpus, batch_size, operations):
-    """Returns how many batches a stack may have, an int, if one takes so many operations."""
-    cells = batch_size * math.ceil(corpus.lengths.mean())
-    sizes = {"operations": operations, "batches": 1, "cells": cells}
-    return max(1, min(LARGEST_STACK[name] // size for name, size in sizes.items()))
-
-
-class Schedule(typing.NamedTuple):
-    """How long to train. An epoch, to `fit` and in the history, is a part of a pass.
-
-    Attributes:
-        passes: int, how often all sequences are learned, as `--epochs` says.
-        parts: int, into how many equal parts a pass is divided.
-        patience: int or None, after how many passes without a better one to stop.
-    """
-
-    passes: int
-    parts: int
-    patience: int | None
-
-    @property
-    def epochs(self):
-        """How many parts there are in all, an int."""
-        return self.passes * self.parts
-
-    def is_finished(self, history):
-        """Returns whether a run with these losses so far has nothing left to do."""
-        waited = epochs_since_best(history)
-        out_of_patience = self.patience is not None and waited >= self.patience * self.parts
-        return out_of_patience or len(history["loss"]) >= self.epochs
-
-    def name(self, epoch):
-        """Returns how to call an epoch of `fit`, from 0, a str."""
-        number, part = divmod(epoch, self.parts)
-        name = f"Epoch {number + 1}/{self.passes}"
-        return name if self.parts == 1 else f"{name}, part {part + 1}/{self.parts}"
-
-    def count(self, epochs):
-        """Returns how many passes so many epochs of `fit` are, a str."""
-        return f"{epochs / self.parts:.6g}"
-
-
 # The network
 
 
 def check_backend(name):
     """Raises a `UserError` if the backend of Keras with that name, a str, can't be used."""
-    if name not in BACKENDS:
-        raise UserError(
-            f"KERAS_BACKEND: {name!r} is not supported; set it to {' or '.join(BACKENDS)}"
-        )
-    if importlib.util.find_spec(name) is None:
-        raise UserError(f"KERAS_BACKEND: {name} is not installed: pip install {name}")
+    if name not in ("tensorflow", "jax"):
+        raise UserError(f"KERAS_BACKEND: {name!r} is not supported; set it to tensorflow or jax")
 
 
 def keep_memory():
@@ -530,9 +437,8 @@ def keep_memory():
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # where there is no glibc
         mallopt = ctypes.CDLL(None).mallopt
-        trim_threshold, mmap_max = -1, -4  # in malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_max, 0)
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, in malloc.h
+        mallopt(-4, 0)  # M_MMAP_MAX
 
 
 @contextlib.contextmanager
@@ -567,8 +473,8 @@ def import_keras():
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"Keras can't start: {reason}; reinstall with pip install -r requirements.txt, or "
-            "check which backend ~/.keras/keras.json and KERAS_BACKEND name"
+            f"Keras can't start: {reason}; pip install -r requirements.txt, or check KERAS_BACKEND "
+            "and ~/.keras/keras.json"
         ) from None
     finally:
         gc.enable()
@@ -717,23 +623,71 @@ def extend_weights(weights, alphabet, source):
     return [kernel, *lstm, extended, offsets.astype(np.float32)]
 
 
-# An earlier run
+# A run and its file
 
 
-class Earlier(typing.NamedTuple):
-    """What an earlier run left at `--save_path`, or a beginning.
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come. An epoch, to `fit` and in the history, is a part of a pass."""
 
-    Attributes:
-        history: dict, the losses so far; it grows.
-        weights: list of arrays, those of the best epoch so far, or None.
-        checkpoint: list of arrays, the variables that training continues with, or empty.
-        stamp: what `stamp` says of the file.
-    """
+    metadata: dict  # what `model.save` takes
+    path: str  # of the file
+    log_dir: str | None  # for losses.csv
+    leads: bool  # whether this process reads and writes them: of a group, one does
+    parts: int  # epochs of a pass
+    epochs: int  # in all
+    patience: int | None  # epochs without a better one, after which to stop
+    weights: list | None = None  # of the best epoch
+    checkpoint: list = ()  # the variables that training continues with
 
-    history: dict
-    weights: list | None
-    checkpoint: list
-    stamp: tuple | None
+    def __post_init__(self):
+        self.history = self.metadata["history"]  # the losses so far, two lists by name
+        self.speeds, self.written = [], stamp(self.path)
+
+    @property
+    def done(self):
+        """How many epochs are done, an int."""
+        return len(self.history["loss"])
+
+    @property
+    def best(self):
+        """Which of them is best, from 1; the last one if nothing is held out."""
+        losses = self.history["val_loss"]
+        return losses.index(min(losses)) + 1 if losses else self.done
+
+    @property
+    def is_finished(self):
+        """Whether nothing is left to do."""
+        patience = self.patience or math.inf
+        return self.done >= self.epochs or self.done - self.best >= patience
+
+    @property
+    def kept(self):
+        """What the file holds now, a str."""
+        return f"{self.path} keeps the last whole epoch" if self.done else "nothing new was saved"
+
+    def save(self, checkpoint):
+        """Writes the file, unless another program has done so."""
+        if stamp(self.path) not in (None, self.written):
+            raise UserError(f"--save_path: another program wrote {self.path}; pass another path")
+        with model.naming("--save_path", self.path, "write"):
+            model.save(self.path, self.weights, self.metadata, checkpoint)
+        self.written = stamp(self.path)
+
+    def write_losses(self):
+        """Writes losses.csv anew, so that it holds whatever epoch the model's file holds."""
+        columns = {name: losses for name, losses in self.history.items() if losses}
+        rows = [("epoch", *columns), *zip(range(1, self.done + 1), *columns.values())]
+        path = os.path.join(self.log_dir, "losses.csv")
+        with model.naming("--log_dir", self.log_dir, "write"), model.replacing(path) as file:
+            file.writelines(f"{','.join(map(str, row))}\n".encode() for row in rows)
+
+
+def stamp(path):
+    """Returns what tells a file from the one that replaces it, or None if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        found = os.stat(path)
+        return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def describe(args, data, source):
@@ -765,23 +719,37 @@ def identify(metadata):
     }
 
 
-def read_earlier_run(path, metadata, validated, schedule):
-    """Returns the losses, the best weights and the checkpoint of the run at `--save_path`.
+def continue_run(progress, group):
+    """Makes `Progress` go on from its file, if there is one.
 
-    Raises a `UserError` if it isn't the run that this one's `metadata` describes: what
-    counts is what the flags mean, not how they were typed. `validated` tells
-    whether there is anything to validate with.
+    Of a group, process 0 reads that; if it refuses the file, all stop.
     """
-    ways_out = "pass --overwrite to start over, or another --save_path"
+    refusal = None
+    if progress.leads and progress.written:
+        try:
+            read_earlier_run(progress)
+        except UserError as error:
+            refusal = str(error)
+    if group[1] > 1:
+        refusal, history = broadcast([refusal, progress.history])
+        progress.history.update(history)
+    if refusal:
+        raise UserError(refusal)
+
+
+def read_earlier_run(progress):
+    """Sets `Progress` to what its file holds; raises a `UserError` if that is another run.
+
+    What counts is what the flags mean, not how they were typed.
+    """
+    path, ways_out = progress.path, WAYS_OUT
     with model.naming("--save_path", path):
         try:
-            best, found, checkpoint = model.load(path, checkpoint=True)
+            best, found, progress.checkpoint = model.load(path, checkpoint=True)
         except UserError as error:
             raise UserError(f"{error}; {ways_out}") from None
-    then, now = identify(found), identify(metadata)
-    for name in now:
-        if then.get(name) == now[name]:
-            continue
+    progress.weights, then, now = best.weights, identify(found), identify(progress.metadata)
+    if name := next((name for name in now if then.get(name) != now[name]), None):
         difference = f"--{name} {reprlib.repr(then.get(name))}, not {now[name]!r}"
         if name == "init_from":
             difference = "another --init_from"
@@ -789,25 +757,17 @@ def read_earlier_run(path, metadata, validated, schedule):
             difference = "other data (--sequence_path, --num_sequences, --max_len)"
             ways_out += f", with --init_from {path} to learn from what it knows"
         raise UserError(f"--save_path: {path} was trained with {difference}; {ways_out}")
-    history = found.get("history")
-    if not is_history(history, validated) or not (checkpoint or schedule.is_finished(history)):
+    if not (progress.checkpoint and is_history(found.get("history"))):
         raise UserError(f"--save_path: {path} lacks what continuing needs; {ways_out}")
-    return history, best.weights, checkpoint
+    progress.history.update(found["history"])
 
 
-def is_history(value, validated):
-    """Returns whether a value from a file's metadata is a history of (validated) losses."""
+def is_history(value):
+    """Returns whether a value from a file's metadata is a history."""
     match value:
-        case {"loss": [*losses], "val_loss": [*held_out]}:
-            are_numbers = all(type(loss) is float for loss in losses + held_out)
-            return are_numbers and len(held_out) == (len(losses) if validated else 0)
+        case {"loss": [*losses], "val_loss": [*held_out]} if len(held_out) in (0, len(losses)):
+            return all(type(loss) is float for loss in losses + held_out)
     return False
-
-
-def epochs_since_best(history):
-    """Returns how many epochs ago the best validation loss was, 0 if there is none."""
-    losses = history["val_loss"]
-    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 # Several cores, devices and hosts
@@ -845,8 +805,7 @@ def divide_batches():
     """Makes Keras divide each batch among all devices."""
     import keras
 
-    data_parallel = keras.distribution.DataParallel(auto_shard_dataset=False)
-    keras.distribution.set_distribution(data_parallel)
+    keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
 
 
 def join_group(metadata, patience):
@@ -874,13 +833,12 @@ def join_group(metadata, patience):
             f"--distribute: {reason}; check the KERAS_DISTRIBUTION_… variables on every host"
         ) from None
     model.catch_signals()  # JAX has taken SIGTERM
-    digest = hash_bytes(json.dumps([metadata, patience]).encode())
+    digest = hash_bytes(json.dumps([metadata, patience]).encode()).encode()
     try:
-        multihost_utils.assert_equal(np.frombuffer(digest.encode(), np.uint8))
+        multihost_utils.assert_equal(np.frombuffer(digest, np.uint8))
     except AssertionError:
         raise UserError(
-            "--distribute: the processes differ in their flags or data; start them all with the "
-            "same command"
+            "--distribute: the processes differ in their flags or data; start them all alike"
         ) from None
     if jax.process_index() > 0:
         print(f"Process {jax.process_index()} of {jax.process_count()}; process 0 prints the rest")
@@ -897,47 +855,18 @@ def broadcast(value):
     return json.loads(bytes(broadcast_one_to_all(np.resize(text, size))))
 
 
-def find_earlier_run(path, overwrite, metadata, group, validated, schedule):
-    """Returns the run to continue, or a beginning: `Earlier`.
-
-    Of a group, process 0 reads the file; if it refuses that, all stop.
-    """
-    (rank, processes), refusal = group, None
-    found = stamp(path)
-    history, weights, checkpoint = metadata["history"], None, []
-    if rank == 0 and found and not overwrite:
-        try:
-            history, weights, checkpoint = read_earlier_run(path, metadata, validated, schedule)
-        except UserError as error:
-            refusal = str(error)
-    if processes > 1:
-        refusal, history = broadcast([refusal, history])
-    if refusal:
-        raise UserError(refusal)
-    return Earlier(history, weights, checkpoint, found)
-
-
-def stamp(path):
-    """Returns what tells a file from the one that replaces it, or None if there is none."""
-    with contextlib.suppress(FileNotFoundError):
-        found = os.stat(path)
-        return found.st_ino, found.st_size, found.st_mtime_ns
-
-
 # Training
 
 
-def set_variables(variables, values, path, distributed):
-    """Sets Keras variables to values that were read from `path`.
+def set_variables(variables, progress, distributed):
+    """Sets Keras variables to the checkpoint of `Progress`, if it has one.
 
     If `distributed`, all processes must call it, and get the values of process 0.
     """
+    values = progress.checkpoint or [np.asarray(each) for each in variables]
     fits = [value.shape for value in values] == [tuple(each.shape) for each in variables]
     if not (broadcast(fits) if distributed else fits):
-        raise UserError(
-            f"--save_path: {path} was trained with a version of Keras whose runs this one can't "
-            "continue; pass --overwrite to start over, or another --save_path"
-        )
+        raise UserError(f"--save_path: {progress.path} is of another version of Keras; {WAYS_OUT}")
     values = [value.astype(variable.dtype) for variable, value in zip(variables, values)]
     if distributed:
         from jax.experimental.multihost_utils import broadcast_one_to_all
@@ -975,97 +904,65 @@ def as_data(arrays):
     return data.with_options(options)
 
 
-def make_callbacks(saver, teller, log_dir, history, schedule):
+def make_callbacks(progress, data, seed):
     """Returns the Keras callbacks, a list, in the order in which they must run."""
-    from keras import callbacks
+    from keras.callbacks import Callback, ProgbarLogger, SwapEMAWeights, TensorBoard, TerminateOnNaN
 
-    class Bar(callbacks.ProgbarLogger):
+    class Keeper(Callback):
         def on_epoch_begin(self, epoch, logs=None):
-            say(schedule.name(epoch))
-            self.epochs = 1  # so that it does not say that itself, without the part
-            super().on_epoch_begin(epoch, logs)
+            self.start = time.perf_counter()
 
-    made = [callbacks.SwapEMAWeights(), callbacks.TerminateOnNaN(), saver]
-    if log_dir is not None:
-        with model.naming("--log_dir", log_dir, "write"):
-            os.makedirs(log_dir, exist_ok=True)
-        if not history["loss"]:  # TensorBoard would draw an earlier run into this one
-            for part in ("train", "validation"):
-                for old in pathlib.Path(log_dir, part).glob("events.out.tfevents.*"):
-                    old.unlink()
-        log = callbacks.LambdaCallback(
-            on_epoch_end=lambda epoch, logs: write_losses(log_dir, history, schedule)
-        )
-        import_tensorflow()
-        made += [log, callbacks.TensorBoard(log_dir, write_graph=False)]
+        def on_train_batch_end(self, batch, logs=None):
+            self.seconds = time.perf_counter() - self.start  # without validation and saving
+
+        def on_epoch_end(self, epoch, logs=None):
+            averages = keep_epoch(progress, self.model, logs)
+            self.model.stop_training = progress.is_finished
+            progress.speeds.append(len(data.training) / progress.parts / self.seconds)
+            if not self.params["verbose"]:  # else the bar has shown this
+                losses = " - ".join(f"{name}: {loss:.4f}" for name, loss in logs.items())
+                speed = f"{progress.speeds[-1]:,.0f} sequences/s"
+                say(f"Epoch {epoch + 1}/{progress.epochs} - {losses} - {speed}")
+            current = SequenceModel(data.corpus.alphabet, data.corpus.max_len, averages)
+            show_invented(current, data, (seed, epoch))
+
     # The bar must end before anything else is printed.
-    return [*made, *([Bar()] if shows_bar() else []), teller]
+    made = [SwapEMAWeights(), TerminateOnNaN(), ProgbarLogger(), Keeper()]
+    if progress.log_dir is None:
+        return made
+    if not progress.done:  # TensorBoard would draw an earlier run into this one
+        for part in ("train", "validation"):
+            for old in pathlib.Path(progress.log_dir, part).glob("events.out.tfevents.*"):
+                old.unlink()
+    import_tensorflow()
+    return [*made, TensorBoard(progress.log_dir, write_graph=False)]
 
 
-def shows_bar():
-    """Returns whether Keras's bar suits the terminal: it has colors and needs some width."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return sys.stdout.isatty() and not plain and shutil.get_terminal_size().columns >= 80
+def keep_epoch(progress, network, losses):
+    """Adds an epoch with these losses to `Progress`, and saves that: returns `average_weights`.
 
-
-def write_losses(folder, history, schedule):
-    """Writes losses.csv anew, so that it holds whatever epoch the model's file holds."""
-    columns = {name: losses for name, losses in history.items() if losses}
-    epochs = (schedule.count(number) for number in range(1, len(history["loss"]) + 1))
-    rows = [("epoch", *columns), *zip(epochs, *columns.values())]
-    path = os.path.join(folder, "losses.csv")
-    with model.naming("--log_dir", folder, "write"), model.replacing(path) as file:
-        file.writelines(f"{','.join(map(str, row))}\n".encode() for row in rows)
-
-
-def make_saver(path, metadata, earlier, schedule, leads):
-    """Makes the callback that saves, and stops a run that diverged or has no patience left.
-
-    `earlier` is what there is at `path`, and `leads` tells whether this process of a
-    group writes.
+    Raises a `UserError` if the run diverged.
     """
-    from keras.callbacks import Callback
-
-    history = earlier.history
-
-    class Saver(Callback):
-        best_weights, written = earlier.weights, earlier.stamp
-
-        def on_epoch_end(self, epoch, logs):
-            self.weights = weights = average_weights(self.model)
-            variables = self.model.variables + self.model.optimizer.variables
-            checkpoint = [np.asarray(each) for each in variables]
-            if not (
-                all(map(math.isfinite, logs.values()))
-                and all(model.is_within(array, model.LARGEST_WEIGHT) for array in weights)
-                and all(np.isfinite(array).all() for array in checkpoint)
-            ):
-                rate, count = metadata["settings"]["learning_rate"], schedule.count(epoch + 1)
-                raise UserError(
-                    f"the loss of epoch {count} or a weight is NaN or too large; "
-                    f"{explain_kept(path, history)}; try a --learning_rate below {rate}, in "
-                    "another --save_path or with --overwrite"
-                )
-            grown = {name: [*history[name], loss] for name, loss in logs.items()}
-            with model.holding_signals():  # `history` says what is saved, and nothing else
-                if epochs_since_best({**history, **grown}) == 0:
-                    self.best_weights = weights
-                if leads:
-                    self.save({**metadata, "history": {**history, **grown}}, checkpoint)
-                history.update(grown)
-            self.model.stop_training = schedule.is_finished(history)
-
-        def save(self, metadata, checkpoint):
-            if stamp(path) not in (None, self.written):
-                raise UserError(
-                    f"--save_path: another program has written {path} since this one did; "
-                    "pass another --save_path"
-                )
-            with model.naming("--save_path", path, "write"):
-                model.save(path, self.best_weights, metadata, checkpoint)
-            self.written = stamp(path)
-
-    return Saver()
+    averages = average_weights(network)
+    checkpoint = [np.asarray(each) for each in network.variables + network.optimizer.variables]
+    if not (
+        all(np.isfinite(each).all() for each in (*losses.values(), *checkpoint))
+        and all(model.is_within(array, model.LARGEST_WEIGHT) for array in averages)
+    ):
+        raise UserError(
+            f"the loss of epoch {progress.done + 1} or a weight is NaN or too large; "
+            f"{progress.kept}; try a lower --learning_rate"
+        )
+    with model.holding_signals():  # the history says what is saved, and nothing else
+        for name, loss in losses.items():
+            progress.history[name].append(loss)
+        if progress.best == progress.done:
+            progress.weights = averages
+        if progress.leads:
+            progress.save(checkpoint)
+    if progress.log_dir is not None:
+        progress.write_losses()
+    return averages
 
 
 def average_weights(network):
@@ -1078,34 +975,6 @@ def average_weights(network):
     averages = network.get_weights()
     network.set_weights(weights)
     return averages
-
-
-def make_teller(data, schedule, seed, saver):
-    """Makes the callback that says how an epoch went and what the network invents now."""
-    from keras.callbacks import Callback
-
-    class Teller(Callback):
-        def on_train_begin(self, logs):
-            self.speeds = []
-            say("Compiling, which takes a few seconds")
-
-        def on_epoch_begin(self, epoch, logs):
-            self.start = time.perf_counter()
-
-        def on_train_batch_end(self, batch, logs):
-            self.seconds = time.perf_counter() - self.start  # without validation and saving
-
-        def on_epoch_end(self, epoch, logs):
-            self.speeds.append(len(data.training) / schedule.parts / self.seconds)
-            if not shows_bar():  # which has shown this
-                losses = " - ".join(f"{name}: {loss:.4f}" for name, loss in logs.items())
-                speed = f"{self.speeds[-1]:,.0f} sequences/s"
-                say(f"{schedule.name(epoch)} - {losses} - {speed}")
-            corpus = data.corpus
-            current = SequenceModel(corpus.alphabet, corpus.max_len, saver.weights)
-            show_invented(current, data, (seed, epoch))
-
-    return Teller()
 
 
 def show_invented(trained, data, seed):
@@ -1122,10 +991,9 @@ def show_invented(trained, data, seed):
 def find_place(data, text):
     """Returns where in `Data` a text occurs, a str: "learned", "held out" or, if not, "new"."""
     corpus = data.corpus
-    try:
-        ids = [*corpus.alphabet.encode(text), 0]
-    except UserError:  # it is composed
+    if not set(text) <= set(corpus.alphabet.symbols):  # it is composed
         return "new"
+    ids = [*corpus.alphabet.encode(text), 0]
     lacking = len(ids) - corpus.lengths
     places = np.flatnonzero((lacking == 0) | (lacking == 1))  # a sequence that was cut has no end
     for step, index in enumerate(ids):
@@ -1136,52 +1004,47 @@ def find_place(data, text):
     return "held out" if np.isin(places[0], data.held_out) else "learned"
 
 
-def fit(args, data, source, metadata, earlier, group, schedule):
-    """Trains: builds the network, sets it to an earlier run's variables and calls Keras's `fit`.
+def shows_bar():
+    """Returns whether Keras's bar suits the terminal: it has colors and needs some width."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout.isatty() and not plain and shutil.get_terminal_size().columns >= 80
 
-    Returns the sequences per second of the median epoch, a float, without the first, in
-    which Keras compiles; None if there was no other.
-    """
+
+def fit(args, data, source, progress, group):
+    """Trains: builds the network, sets it to the run's variables and calls Keras's `fit`."""
     import_keras()
     import keras
 
-    corpus, done, leads = data.corpus, len(earlier.history["loss"]), group[0] == 0
-    operations = count_operations(corpus, args.units, args.layers) * args.batch_size
+    corpus, size = data.corpus, args.batch_size
+    operations = count_operations(corpus, args.units, args.layers) * size
     if keras.backend.backend() == "jax" and not args.distribute:
-        use_cores(count_rows(args.batch_size), operations)
-    divided = keras.distribution.distribution() is not None
-    devices = len(keras.distribution.list_devices()) if divided else 1
+        use_cores(count_rows(size), operations)
+    devices = len(keras.distribution.list_devices()) if keras.distribution.distribution() else 1
     packed = learns_by_hand(args.recurrent_dropout, args.distribute)
-    depth = choose_depth(corpus, args.batch_size, operations)
-    size, parts = args.batch_size, schedule.parts
-    learned = Batches(corpus, data.training, size, depth, packed, devices, parts)
-    updates = schedule.epochs * learned.stacks * learned.depth
+    cells = size * math.ceil(corpus.lengths.mean())
+    depth = max(1, min(MOST_BATCHES, MOST_OPERATIONS // operations, MOST_CELLS // cells))
+    learned = Batches(corpus, data.training, size, depth, packed, devices, progress.parts)
+    updates = progress.epochs * learned.stacks * learned.depth
     network = prepare_network(args, data, source, packed, updates)
-    variables = network.variables + network.optimizer.variables
-    if earlier.checkpoint or args.distribute:
-        values = earlier.checkpoint or [np.asarray(each) for each in variables]
-        set_variables(variables, values, args.save_path, args.distribute)
+    set_variables(network.variables + network.optimizer.variables, progress, args.distribute)
     validation = {}
     if len(data.held_out):
         size = min(VALIDATION_BATCH, len(data.held_out))
         held_out = Batches(corpus, data.held_out, size, packed=False, devices=devices)
         single = (tuple(array[:, 0] for array in stack) for stack in stream(held_out, group))
         validation = {"validation_data": as_data(single), "validation_steps": held_out.stacks}
-    saver = make_saver(args.save_path, metadata, earlier, schedule, leads)
-    teller = make_teller(data, schedule, args.seed, saver)
-    log_dir = args.log_dir if leads else None
+    say("Compiling, which takes a few seconds")
     # The data are endless; the numbers of steps say where an epoch ends.
     network.fit(
-        as_data(stream(learned, group, args.seed, done)),
+        as_data(stream(learned, group, args.seed, progress.done)),
         steps_per_epoch=learned.stacks,
         **validation,
-        initial_epoch=done,
-        epochs=schedule.epochs,
-        callbacks=make_callbacks(saver, teller, log_dir, earlier.history, schedule),
+        initial_epoch=progress.done,
+        epochs=progress.epochs,
+        callbacks=make_callbacks(progress, data, args.seed),
         verbose=1 if shows_bar() else 0,
         shuffle=False,
     )
-    return statistics.median(teller.speeds[1:]) if teller.speeds[1:] else None
 
 
 # All of it
@@ -1199,38 +1062,41 @@ def run(args):
     metadata, group = describe(args, data, source), (0, 1)
     if args.distribute:
         group = join_group(metadata, args.patience)
+    leads = group[0] == 0
     operations = count_operations(data.corpus, args.units, args.layers) * len(data.training)
     parts = math.ceil(operations / LARGEST_PART)
-    schedule = Schedule(args.epochs, parts, args.patience)
-    validated = len(data.held_out) > 0
-    earlier = find_earlier_run(args.save_path, args.overwrite, metadata, group, validated, schedule)
-    history = earlier.history
+    lengths = parts, args.epochs * parts, args.patience and args.patience * parts
+    log_dir = args.log_dir if leads else None
+    progress = Progress(metadata, args.save_path, log_dir, leads, *lengths)
+    if not args.overwrite:
+        continue_run(progress, group)
     tell_what_was_read(args, data, source)
-    done, speed = len(history["loss"]), None
-    if args.log_dir is not None and done and group[0] == 0:
-        write_losses(args.log_dir, history, schedule)
-    if schedule.is_finished(history):
-        flag = "--epochs" if done >= schedule.epochs else "--patience"
-        epochs = f"{schedule.count(done)} epochs"
-        say(f"The run in {args.save_path} is finished, after {epochs}; raise {flag} to go on")
+    if parts > 1:
+        say(f"Each pass takes {parts} epochs here, each of which is validated and saved")
+    if log_dir is not None:
+        progress.write_losses()
+    if progress.is_finished:
+        flag = "--epochs" if progress.done >= progress.epochs else "--patience"
+        done = f"finished, after {progress.done} epochs"
+        say(f"The run in {args.save_path} is {done}; raise {flag} to go on")
     else:
-        if done:
-            say(f"Continuing {args.save_path} after epoch {schedule.count(done)}")
+        if progress.done:
+            say(f"Continuing {args.save_path} after epoch {progress.done}")
         try:
-            speed = fit(args, data, source, metadata, earlier, group, schedule)
+            fit(args, data, source, progress, group)
         except KeyboardInterrupt as stop:
-            kept = explain_kept(args.save_path, history)
-            if history["loss"]:
+            kept = progress.kept
+            if progress.done:
                 without = " without --overwrite" if args.overwrite else ""
                 kept += f"; the same command{without} continues"
-            number = stop.args[0] if stop.args else signal.SIGINT
-            raise KeyboardInterrupt(number, kept) from None
+            stop.args = *(stop.args or [signal.SIGINT]), kept
+            raise
         except Exception as error:
             # As TensorFlow and JAX call it.
             if re.search("resource_?exhausted", f"{type(error).__name__} {error}", re.IGNORECASE):
                 raise MemoryError from None
             raise
-    tell_what_was_learned(args.save_path, history, schedule, speed)
+    tell_what_was_learned(progress)
     return 0
 
 
@@ -1241,8 +1107,7 @@ def tell_what_was_read(args, data, source):
         say(f"Skipped the header ({', '.join(loader.header)}) and read the first column")
     if loader.uneven:
         say(
-            f"Rows that don't have as many columns as the first: {loader.uneven:,}; if a comma is "
-            "part of a sequence, quote it, or pass --loader_class SequenceLoader"
+            f"{loader.uneven:,} rows have more or fewer columns than the header; quote their commas"
         )
     characters = np.count_nonzero(corpus.targets)
     cut = len(corpus) - (len(corpus.targets) - characters)  # which have no end mark
@@ -1252,24 +1117,15 @@ def tell_what_was_read(args, data, source):
     )
     if loader.advice:
         say(f"{args.sequence_path}: {loader.advice}")
-    if len(corpus) == 1 and args.num_sequences != 1:
-        say("Only one sequence was found; is there one per line?")
     if source:
         added = len(corpus.alphabet) - len(source.alphabet)
         say(f"Starting from {args.init_from}, with {added:,} characters added to its alphabet")
     if cut:
-        say(
-            f"Cut {cut:,} sequences to {corpus.max_len} characters (--max_len): "
-            f"{corpus.dropped:,} of {characters + corpus.dropped:,} characters are left out"
-        )
-    held_out = len(data.held_out)
-    why = ""
-    if args.validation_split and not held_out:
-        why = f": too few distinct sequences for a --validation_split of {args.validation_split:g}"
-    count = len(data.training)
-    say(f"Learning from {count:,} sequences, holding out {held_out:,} for validation{why}")
-    flags = " ".join(f"--{name} {value:g}" for name, value in data.chosen.items())
-    if flags:
+        dropped = f"leaving out {corpus.dropped:,}"
+        say(f"Cut {cut:,} sequences to {corpus.max_len} characters (--max_len), {dropped}")
+    count, held_out = len(data.training), len(data.held_out)
+    say(f"Learning from {count:,} sequences, holding out {held_out:,} for validation")
+    if flags := " ".join(f"--{name} {value:g}" for name, value in data.chosen.items()):
         say(f"Chosen for this much data: {flags}")
     if not source and len(corpus.targets) <= SHORT:
         say(
@@ -1278,37 +1134,26 @@ def tell_what_was_read(args, data, source):
         )
 
 
-def tell_what_was_learned(path, history, schedule, speed):
-    """Prints a table of what the file holds, and how to go on.
-
-    `speed` is in sequences per second, None if it is not known.
-    """
-    epochs = len(history["loss"])
-    best = epochs - 1 - epochs_since_best(history)
-    table = {"saved in": path}
-    if history["val_loss"]:
-        table["best epoch"] = f"{schedule.count(best + 1)} of {schedule.count(epochs)}"
-        if best + 1 == epochs:
-            table["best epoch"] += "; more --epochs may help"
-    for name, losses in ("loss", history["loss"]), ("validation loss", history["val_loss"]):
-        if losses:
-            perplexity = f"perplexity {model.perplexity(losses[best]):.4g}"
-            table[name] = f"{losses[best]:.4f} nats per character, {perplexity}"
-    if speed:
-        table["speed"] = f"{speed:,.0f} sequences/s"
+def tell_what_was_learned(progress):
+    """Prints a table of what the file holds, and how to go on."""
+    table, best = {"saved in": progress.path}, progress.best
+    if progress.history["val_loss"]:
+        hint = "; more --epochs may help" if best == progress.done else ""
+        table["best epoch"] = f"{best} of {progress.done}{hint}"
+    for name, key in ("loss", "loss"), ("validation loss", "val_loss"):
+        if losses := progress.history[key]:
+            perplexity = f"perplexity {model.perplexity(losses[best - 1]):.4g}"
+            table[name] = f"{losses[best - 1]:.4f} nats per character, {perplexity}"
+    if speeds := progress.speeds[1:]:  # in the first epoch Keras compiles
+        table["speed"] = f"{statistics.median(speeds):,.0f} sequences/s"
     for name, value in table.items():
         say(f"{name:17}{value}")
-    say(f"Sample from it:  python sample.py --weights_path {shlex.quote(path)}")
+    say(f"Sample from it:  python sample.py --weights_path {shlex.quote(progress.path)}")
 
 
 def say(text):
     """Prints a line that may hold text from a file."""
     print(model.printable(text))
-
-
-def explain_kept(path, history):
-    """Returns what `--save_path` holds after these losses, a str."""
-    return f"{path} keeps the last whole epoch" if history["loss"] else "nothing new was saved"
 
 
 def main(arguments=None):

@@ -173,17 +173,17 @@ MISTAKES = {
     "--units 8193": "'8193' is not a whole number from 1 to 8,192",
     "--units 8192 --layers 60": "; lower --units or --layers",
     "--learning_rate nan": "--learning_rate: 'nan' is not a number from",
-    "--sentinel ab": "'ab' is not a single character, but 2 code points: U+0061, U+0062",
-    "--sentinel n\u0304": "is not a single character, but 2 code points: U+006E, U+0304",
+    "--sentinel ab": "--sentinel: 'ab' is not a single Unicode character",
+    "--sentinel n\u0304": r"'n\u0304' is not a single Unicode character",
     "names.txt": "'names.txt' needs a flag before it: --sequence_path names.txt",
     "--unit=3": "there is no flag --unit; did you mean --units?",
-    "--patience 2 --num_sequences 3": "--patience: 0.1 of 3 sequences leaves none to validate with",
-    "--patience 2 --validation_split 0": "--patience waits for a better validation loss",
+    "--patience 2 --num_sequences 3": "--patience: nothing is held out to judge by",
+    "--patience 2 --validation_split 0": "--patience: nothing is held out to judge by",
     "--sequences_path .": "--sequence_path: can't read .: Is a directory; check the path",
     "--sequence_path latin.txt": "latin.txt, line 2: byte 0xe9 is not UTF-8",
     "--sequence_path header.csv": "header.csv has no data rows",
     "--sequence_path spaced.txt --sentinel ' '": "spaced.txt, line 3: the sequence contains the "
-    "sentinel ' ' (2 sequences do); pass a character that none contains, such as --sentinel '~'",
+    r"sentinel ' '; pass --sentinel '\0'",
     "--sequence_path - --sentinel ' '": "-, line 2: the sequence contains the sentinel ' '",
     "--init_from none.h5": "--init_from: can't read none.h5: No such file or directory",
     "--init_from latin.txt": "--init_from: latin.txt is not a model",
@@ -191,7 +191,7 @@ MISTAKES = {
     "--save_path=~/new": f"Keras opens only .h5; pass {os.path.expanduser('~/new')}.h5",
     "--save_path folder.h5": "--save_path: 'folder.h5' is not a regular file",
     "--save_path a.hdf5 --sequence_path a.hdf5 --overwrite": "is the file of --sequence_path",
-    "--distribute": "--distribute: needs Keras on JAX: pip install jax, and set KERAS_BACKEND=jax",
+    "--distribute": "--distribute needs Keras on JAX: pip install jax; set KERAS_BACKEND=jax",
 }
 
 
@@ -245,10 +245,10 @@ def test_what_is_not_learned_is_told(folder, capsys):
     output = capsys.readouterr().out
     for told in (
         "Skipped the header (Ort, Land) and read the first column\n",
-        "Rows that don't have as many columns as the first: 1; ",
-        "Only one sequence was found; is there one per line?",
-        "Cut 1 sequences to 64 characters (--max_len): 9,936 of 10,000 characters are left out",
-        "validation: too few distinct sequences for a --validation_split of 0.1",
+        "1 rows have more or fewer columns than the header; ",
+        "Read 1 sequences, 64 characters, ",
+        "Cut 1 sequences to 64 characters (--max_len), leaving out 9,936\n",
+        "holding out 0 for validation",
     ):
         assert told in output
     assert max(map(len, output.splitlines())) <= 2 * train.LINE_WIDTH
@@ -382,7 +382,7 @@ NOT_A_NUMBER = f"the loss of epoch 4 or a weight is NaN or .*{SAVED} keeps the l
     [
         (overflow_sums, NOT_A_NUMBER),
         pytest.param(grow_a_bias, NOT_A_NUMBER, marks=pytest.mark.slow),
-        (lose_a_variable, "a version of Keras whose runs this one can't continue; pass --overwr"),
+        (lose_a_variable, "is of another version of Keras; pass --overwrite"),
     ],
 )
 def test_a_run_that_can_not_go_on_stops_with_a_line_and_keeps_the_file(
@@ -403,7 +403,7 @@ def test_a_run_leaves_the_file_alone_once_another_program_has_written_it(folder,
                 SAVED.write_bytes(b"of another run")
             time.sleep(0.01)
     assert isinstance(running.exception(), SystemExit)
-    told = f"another program has written {SAVED} since this one did; pass another --save_path"
+    told = f"another program wrote {SAVED}; pass another path"
     assert capsys.readouterr().err == f"train.py: error: --save_path: {told}\n"
     assert SAVED.read_bytes() == b"of another run"
 
@@ -467,14 +467,14 @@ def test_it_learns_what_stock_keras_learns_from_the_same_batches(
     import keras
 
     monkeypatch.setattr(train, "learns_by_hand", lambda *how: packed)
-    monkeypatch.setitem(train.LARGEST_STACK, "batches", 4)
+    monkeypatch.setattr(train, "MOST_BATCHES", 4)
     args, data, _ = read("--units", 16, "--batch_size", batch_size, "--dropout", 0, "--epochs", 1)
     some = np.arange(min(len(data.corpus) - 1, 5 * batch_size))
     data = data._replace(training=some, held_out=some)
     before = train.prepare_network(args, data, None, packed, 6).get_weights()
     metadata = train.describe(args, data, None)
-    earlier = train.Earlier(metadata["history"], None, [], None)
-    train.fit(args, data, None, metadata, earlier, (0, 1), train.Schedule(1, 1, None))
+    progress = train.Progress(metadata, SAVED, None, True, parts=1, epochs=1, patience=None)
+    train.fit(args, data, None, progress, (0, 1))
 
     characters = len(data.corpus.alphabet)
     lstm = [keras.layers.LSTM(16, return_sequences=True) for _ in range(2)]
