@@ -655,6 +655,16 @@ class Progress:
         losses = self.history["val_loss"]
         return losses.index(min(losses)) + 1 if losses else self.done
 
+    def name(self, epoch):
+        """Returns what to call an epoch, from 0, a str: if passes are divided, a part of one."""
+        number, part = divmod(epoch, self.parts)
+        name = f"Epoch {number + 1}/{self.epochs // self.parts}"
+        return name if self.parts == 1 else f"{name}, part {part + 1}/{self.parts}"
+
+    def count(self, epochs):
+        """Returns how many passes so many epochs are, a str."""
+        return f"{epochs / self.parts:.6g}"
+
     @property
     def is_finished(self):
         """Whether nothing is left to do."""
@@ -677,7 +687,8 @@ class Progress:
     def write_losses(self):
         """Writes losses.csv anew, so that it holds whatever epoch the model's file holds."""
         columns = {name: losses for name, losses in self.history.items() if losses}
-        rows = [("epoch", *columns), *zip(range(1, self.done + 1), *columns.values())]
+        passes = map(self.count, range(1, self.done + 1))
+        rows = [("epoch", *columns), *zip(passes, *columns.values())]
         path = os.path.join(self.log_dir, "losses.csv")
         with model.naming("--log_dir", self.log_dir, "write"), model.replacing(path) as file:
             file.writelines(f"{','.join(map(str, row))}\n".encode() for row in rows)
@@ -910,6 +921,8 @@ def make_callbacks(progress, data, seed):
 
     class Keeper(Callback):
         def on_epoch_begin(self, epoch, logs=None):
+            if self.params["verbose"] and progress.parts > 1:
+                say(progress.name(epoch))
             self.start = time.perf_counter()
 
         def on_train_batch_end(self, batch, logs=None):
@@ -922,7 +935,7 @@ def make_callbacks(progress, data, seed):
             if not self.params["verbose"]:  # else the bar has shown this
                 losses = " - ".join(f"{name}: {loss:.4f}" for name, loss in logs.items())
                 speed = f"{progress.speeds[-1]:,.0f} sequences/s"
-                say(f"Epoch {epoch + 1}/{progress.epochs} - {losses} - {speed}")
+                say(f"{progress.name(epoch)} - {losses} - {speed}")
             current = SequenceModel(data.corpus.alphabet, data.corpus.max_len, averages)
             show_invented(current, data, (seed, epoch))
 
@@ -950,7 +963,7 @@ def keep_epoch(progress, network, losses):
         and all(model.is_within(array, model.LARGEST_WEIGHT) for array in averages)
     ):
         raise UserError(
-            f"the loss of epoch {progress.done + 1} or a weight is NaN or too large; "
+            f"{progress.name(progress.done)}: the loss or a weight is NaN or too large; "
             f"{progress.kept}; try a lower --learning_rate"
         )
     with model.holding_signals():  # the history says what is saved, and nothing else
@@ -1071,17 +1084,15 @@ def run(args):
     if not args.overwrite:
         continue_run(progress, group)
     tell_what_was_read(args, data, source)
-    if parts > 1:
-        say(f"Each pass takes {parts} epochs here, each of which is validated and saved")
     if log_dir is not None:
         progress.write_losses()
     if progress.is_finished:
         flag = "--epochs" if progress.done >= progress.epochs else "--patience"
-        done = f"finished, after {progress.done} epochs"
+        done = f"finished, after {progress.count(progress.done)} epochs"
         say(f"The run in {args.save_path} is {done}; raise {flag} to go on")
     else:
         if progress.done:
-            say(f"Continuing {args.save_path} after epoch {progress.done}")
+            say(f"Continuing {args.save_path} after epoch {progress.count(progress.done)}")
         try:
             fit(args, data, source, progress, group)
         except KeyboardInterrupt as stop:
@@ -1138,8 +1149,8 @@ def tell_what_was_learned(progress):
     """Prints a table of what the file holds, and how to go on."""
     table, best = {"saved in": progress.path}, progress.best
     if progress.history["val_loss"]:
-        hint = "; more --epochs may help" if best == progress.done else ""
-        table["best epoch"] = f"{best} of {progress.done}{hint}"
+        hint = "; more --epochs may help" if best == progress.epochs else ""
+        table["best epoch"] = f"{progress.count(best)} of {progress.count(progress.done)}{hint}"
     for name, key in ("loss", "loss"), ("validation loss", "val_loss"):
         if losses := progress.history[key]:
             perplexity = f"perplexity {model.perplexity(losses[best - 1]):.4g}"
