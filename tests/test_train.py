@@ -39,6 +39,7 @@ from model import SequenceModel
 
 # More than there are to learn from, so that it means 270.
 SMALL = ["--units", 16, "--layers", 1, "--epochs", 3, "--batch_size", 1000]
+SMALL += ["--dropout", 0.3, "--recurrent_dropout", 0.1]
 SAVED = pathlib.Path("incognito_model.h5")
 
 
@@ -99,7 +100,10 @@ def test_the_contract_command_tells_what_it_does_and_nothing_else(trained):
     losses, held_out = (list(map(float, values)) for values in zip(*epochs))
     assert losses[-1] < losses[0]
     best = held_out.index(min(held_out)) + 1
-    assert re.search(rf"^best epoch +{best} of 10$", output, re.M)
+    hint = "; more --epochs may help" if best == 10 else ""
+    assert re.search(rf"^best epoch +{best} of 10{hint}$", output, re.M)
+    chosen = "--dropout 0.125 --recurrent_dropout 0.125 --learning_rate 0.02 --validation_split 0.1"
+    assert f"\nChosen for this much data: {chosen}\n" in output
     assert re.search(rf"^validation loss +{min(held_out):.4f} nats", output, re.M)
     assert re.search(r"^speed +[\d,]+ sequences/s$", output, re.M)
     assert "worse" not in output
@@ -219,7 +223,7 @@ def test_cheap_answers_do_not_wait_for_keras_and_help_shows_every_default(finish
         assert "argparse" in process.stderr
         assert not re.search(r"\| +(keras|tensorflow|jax|wordfreq)\b", process.stderr)
     assert set(re.findall(r"--\w+", CONTRACT)) <= set(re.findall(r"--\w+", process.stdout))
-    assert " ".join(process.stdout.split()).count("(default: ") == 18
+    assert " ".join(process.stdout.split()).count("(default: ") == 12
     assert "examples:" in process.stdout
 
 
@@ -328,7 +332,7 @@ def test_another_run_is_refused_by_what_differs(finished, refuse):
         "--units 17": "--units 16, not 17",
         "--layers 2": "--layers 1, not 2",
         "--seed 1": "--seed 0, not 1",
-        "--recurrent_dropout 0.2": "--recurrent_dropout 0.0, not 0.2",
+        "--recurrent_dropout 0.2": "--recurrent_dropout 0.1, not 0.2",
         "--batch_size 32": "--batch_size 270, not 32",
         "--max_len 9": "--max_len 8, not 9",
         "--sentinel |": r"--sentinel '\n', not '|'",
@@ -374,7 +378,7 @@ def lose_a_variable(checkpoint):
     del checkpoint[str(len(checkpoint) - 1)]
 
 
-NOT_A_NUMBER = f"the loss of epoch 4 or a weight is NaN or .*{SAVED} keeps the last whole epoch"
+NOT_A_NUMBER = f"Epoch 4/4: the loss or a weight is NaN or .*{SAVED} keeps the last whole epoch"
 
 
 @pytest.mark.parametrize(
@@ -468,7 +472,8 @@ def test_it_learns_what_stock_keras_learns_from_the_same_batches(
 
     monkeypatch.setattr(train, "learns_by_hand", lambda *how: packed)
     monkeypatch.setattr(train, "MOST_BATCHES", 4)
-    args, data, _ = read("--units", 16, "--batch_size", batch_size, "--dropout", 0, "--epochs", 1)
+    flags = ["--units", 16, "--layers", 2, "--dropout", 0, "--learning_rate", 0.01, "--epochs", 1]
+    args, data, _ = read(*flags, "--recurrent_dropout", 0, "--batch_size", batch_size)
     some = np.arange(min(len(data.corpus) - 1, 5 * batch_size))
     data = data._replace(training=some, held_out=some)
     before = train.prepare_network(args, data, None, packed, 6).get_weights()
@@ -482,7 +487,7 @@ def test_it_learns_what_stock_keras_learns_from_the_same_batches(
     stock = keras.Sequential([keras.Input((None, characters)), *lstm, dense])
     stock.set_weights(before)
     rate = keras.optimizers.schedules.CosineDecay(0.01, 6)
-    adam = keras.optimizers.Adam(rate, global_clipnorm=1.0, use_ema=True)
+    adam = keras.optimizers.Adam(rate, global_clipnorm=1.0, use_ema=True, ema_momentum=0)
     stock.compile(adam, "sparse_categorical_crossentropy")
 
     def one_by_one(batches, seed):
@@ -584,8 +589,9 @@ def test_an_extended_model_gives_the_old_sequences_the_same_odds(shift):
     source.weights[-1][...] += shift
     corpus = model.build_corpus(["abé", "fac", "éab"], characters="bcdf")
     assert corpus.alphabet.symbols == "\nabcdfé"
-    args = train.make_parser().parse_args(["--units", "8", "--layers", "2", "--seed", "3"])
-    data = train.Data(corpus, np.arange(3), np.arange(0), None)
+    flags = "--units 8 --layers 2 --dropout 0 --recurrent_dropout 0 --learning_rate 1 --seed 3"
+    args = train.make_parser().parse_args(flags.split())
+    data = train.Data(corpus, np.arange(3), np.arange(0), None, {})
     network = train.prepare_network(args, data, source, packed=True, updates=1)
     extended = SequenceModel(corpus.alphabet, 6, network.get_weights())
     known = [corpus.alphabet.symbols.index(symbol) for symbol in source.alphabet.symbols]
