@@ -4,8 +4,10 @@
 and `UserNameLoader` the first column of a table. `find_loader` picks one.
 
 For another kind of file, list a subclass of `SequenceLoader` in `LOADERS`: its
-`records` makes sequences of what `lines` yields, its `summary` is for `--help`, and
-it reads the files whose names end in one of its `suffixes`.
+`records` makes sequences of what `lines` yields (lines with their ends; what is blank
+is dropped later, and so is whitespace at both ends) and raises `self.error(reason)`
+where it can't; its `summary` is for `--help`, `when_empty` says what an empty file
+lacks, and it reads the files whose names end in one of its `suffixes`.
 """
 
 import bz2
@@ -139,12 +141,13 @@ class SequenceLoader:
 
     def lines(self):
         """Yields the lines of the file with their ends, and counts them in `line`."""
-        self.line = 0
+        number = 0
         try:
             with open_text(self.path) as text:
                 # Old files from DOS end in ^Z.
                 while (line := text.readline(LONGEST_LINE)) not in ("", "\x1a"):
-                    self.line += 1
+                    self.line = number = number + 1
+                    # Rarely true, so that little is spent on most lines.
                     if not line.isascii() or "\0" in line or len(line) == LONGEST_LINE:
                         line = self._inspect(line)
                     yield line

@@ -180,7 +180,7 @@ def build_corpus(sequences, sentinel="\n", max_len=None, characters=""):
         that were kept or given.
 
     Raises:
-        ValueError: if there is no sequence, or one contains the sentinel.
+        ValueError: if there is no sequence, or what is kept of one contains the sentinel.
         UserError: if there are more different characters than a model can have.
 
     Example:
@@ -523,7 +523,7 @@ class SequenceModel:
         return hidden[:, -units:] @ self._kernel + self._bias
 
     def read_prompt(self, prompt):
-        """Reads the sentinel and a prompt, a str, that may be empty; what follows it may not.
+        """Reads the sentinel and a prompt, a str; no sequence ends right after an empty one.
 
         Returns what `follow` gave for the last character and the `State` then, both
         of one row. Raises a UserError if the prompt holds an unknown character.
@@ -834,9 +834,10 @@ def load(path, checkpoint=False):
         Tuple `(model, metadata)` or `(model, metadata, checkpoint)`: a `SequenceModel`
         and what was given to `save`, the metadata with its `format`. Beside what
         `save` needs, train.py notes there the `loader_class`, the `settings` by the
-        names of their flags, hashes of the `data` and of `init_from`, `epochs`, how many
-        were wanted, and the `history`: a list of the `loss` and one of the `val_loss`
-        of each epoch, in nats per character.
+        names of their flags, how many sequences the `data` are and a hash of them, a hash of
+        `init_from`, `epochs`, how many were wanted, and the `history`: a list of the
+        `loss` and one of the `val_loss` of each epoch or, of a long list, of each part
+        of one, in nats per character.
 
     Raises:
         OSError: if the file can't be opened.
@@ -1062,9 +1063,8 @@ def catch_signals(handler=interrupt):
     """
     before = {}
     with contextlib.suppress(ValueError):  # outside the main thread Python allows no handlers
-        for number in signal.Signals:
-            caught = number.name in ("SIGINT", "SIGTERM", "SIGHUP")
-            if caught and signal.getsignal(number) != signal.SIG_IGN:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
                 before[number] = signal.signal(number, handler)
     return before
 

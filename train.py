@@ -12,6 +12,7 @@ import gc
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import pathlib
@@ -44,11 +45,12 @@ finished one. Ctrl-C stops and keeps the run up to its last whole epoch.
 """
 SENTINEL, UNITS, VALIDATION_SPLIT = "\n", 128, 0.1
 # What is best for lists of up to so many characters, found on names, words, user names
-# and molecules. The less there is to learn from, the more is dropped, and the smaller and
-# more are the steps.
+# and molecules: the less there is to learn from, the more is dropped, the smaller are the
+# batches, and the more passes there are.
 DEFAULTS = {
     1_500: (1, 0.5, 0.5, 4, 30, 0.02),
     20_000: (1, 0.5, 0.5, 8, 30, 0.02),
+    50_000: (2, 0.3, 0.3, 16, 17, 0.01),
     300_000: (2, 0.3, 0.3, 16, 15, 0.01),
     math.inf: (2, 0.3, 0.0, 32, 15, 0.01),
 }
@@ -71,8 +73,8 @@ VALIDATION_BATCH = 256  # sequences
 # In a stack of batches. More operations would keep progress and Ctrl-C waiting, more batches
 # would not make it faster, more cells would only take memory.
 MOST_OPERATIONS, MOST_BATCHES, MOST_CELLS = 2 * 10**11, 64, 2**16
-# Of a pass; it is divided into parts of at most so many, after each of which the run is
-# validated and saved: some minutes on two cores.
+# Operations, some minutes on two cores. A pass of more is divided into parts, after each of
+# which the run is validated and saved.
 LARGEST_PART = 3 * 10**13
 LARGEST_VALIDATION = 300_000  # characters held out unless --validation_split is given
 OPERATIONS_PER_DEVICE = 3 * 10**7  # of a batch: with fewer, dividing it gains nothing
@@ -237,8 +239,9 @@ def split(corpus, fraction):
     different seeds compare.
     """
     hashes, most = hash_sequences(corpus), round(fraction * len(corpus))
-    # Of these some are chosen, but never all of the data.
-    limit = np.partition(hashes, min(4 * most, len(hashes) - 1))[min(4 * most, len(hashes) - 1)]
+    # They are chosen from the lowest hashes, which are never all.
+    place = min(4 * most, len(hashes) - 1)
+    limit = np.partition(hashes, place)[place]
     kinds, counts = np.unique(hashes[hashes < limit], return_counts=True)
     # What occurs often is held out less likely: a model never invents what it did not learn.
     order = np.argsort(kinds.astype(float) * counts)
@@ -470,6 +473,8 @@ def import_keras():
 
             if keras.backend.backend() == "tensorflow":
                 keras.distribution.list_devices()
+                # It takes the runs of a notebook for one that compiles too often.
+                logging.getLogger("tensorflow").setLevel(logging.ERROR)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
@@ -579,6 +584,7 @@ def prepare_network(args, data, source, packed, updates):
     layers = model.build_layers(*size, *shares, args.seed, by_hand=packed)
     network = make_network(layers, packed)
     rate = keras.optimizers.schedules.CosineDecay(args.learning_rate, updates)
+    # Over about the last eighth of the updates, but at most 100.
     momentum = 1 - 1 / min(max(updates / 8, 1), 100)
     adam = keras.optimizers.Adam(rate, global_clipnorm=1.0, use_ema=True, ema_momentum=momentum)
     network.compile(adam, jit_compile=backend == "jax")
@@ -1118,7 +1124,7 @@ def tell_what_was_read(args, data, source):
         say(f"Skipped the header ({', '.join(loader.header)}) and read the first column")
     if loader.uneven:
         say(
-            f"{loader.uneven:,} rows have more or fewer columns than the header; quote their commas"
+            f"{loader.uneven:,} rows have more or fewer columns than the header; quote their delimiters"
         )
     characters = np.count_nonzero(corpus.targets)
     cut = len(corpus) - (len(corpus.targets) - characters)  # which have no end mark
@@ -1140,8 +1146,8 @@ def tell_what_was_read(args, data, source):
         say(f"Chosen for this much data: {flags}")
     if not source and len(corpus.targets) <= SHORT:
         say(
-            "Starting from a model of similar sequences usually predicts better where there is so "
-            f"little data: --init_from {shlex.quote(os.path.relpath(SHIPPED))}"
+            "Starting from a model of similar sequences usually predicts better with so little: "
+            f"--init_from {shlex.quote(os.path.relpath(SHIPPED))}, with another --save_path"
         )
 
 

@@ -552,6 +552,49 @@ def test_an_epoch_takes_each_sequence_once_and_pads_little(batch_size, depth, pa
         assert len(sizes) * inputs.size < 1.5 * corpus.lengths[chosen].sum()
 
 
+def test_the_parts_of_a_pass_take_each_sequence_once():
+    corpus = model.build_corpus(["".join(pair) for pair in itertools.product("abcdefgh", repeat=2)])
+    batches = train.Batches(corpus, np.arange(64), batch_size=8, parts=3)
+    parts = [list(batches.epoch((0, 0), part)) for part in range(3)]
+    assert len({array.shape for part in parts for stack in part for array in stack[:1]}) == 1
+    firsts = [np.count_nonzero(weights) for part in parts for _, _, weights in part]
+    assert sum(firsts) == 3 * 64
+    seen = [inputs[:, 0][targets[:, 0] > 0] for part in parts for inputs, targets, _ in part]
+    letters = np.bincount(np.concatenate(seen), minlength=9)
+    np.testing.assert_array_equal(letters, [64, *[8] * 8])
+
+
+@pytest.mark.parametrize(
+    ("lines", "chosen"),
+    [
+        (100, "--layers 1 --dropout 0.5 --recurrent_dropout 0.5 --batch_size 4 --epochs 30"),
+        (4500, "--layers 2 --dropout 0.3 --recurrent_dropout 0.3 --batch_size 16 --epochs 17"),
+    ],
+)
+def test_settings_follow_the_amount_of_data_unless_they_are_given(capsys, lines, chosen):
+    words = ["--sequence_path", PRE_TRAINED / "english_words_5000.txt", "--num_sequences", lines]
+    args, data, _ = read(*words)
+    train.tell_what_was_read(args, data, None)
+    told = capsys.readouterr().out
+    assert f"--units 128 {chosen} --learning_rate 0.0" in told
+    assert ("--init_from" in told) == (lines == 100)
+    flags = shlex.split(chosen)
+    assert [str(getattr(args, name[2:])) for name in flags[::2]] == flags[1::2]
+    args, _, _ = read(*words, "--init_from", PRE_TRAINED / "user_names_10000.h5")
+    assert (args.units, args.layers, args.learning_rate) == (256, 2, 0.005)
+    assert read(*words, "--batch_size", 7, "--dropout", 0)[0].batch_size == 7
+    narrow = read(*words, "--units", 32)[0]
+    assert narrow.dropout == pytest.approx(args.dropout / 4, abs=1e-3)
+
+
+def test_what_is_held_out_of_a_long_list_is_limited():
+    characters = 9_000_000
+    args = train.make_parser().parse_args([])
+    assert train.choose_settings(args, characters, None)["validation_split"] == 1 / 30
+    args = train.make_parser().parse_args(["--validation_split", "0.2"])
+    assert "validation_split" not in train.choose_settings(args, characters, None)
+
+
 def test_another_seed_or_epoch_is_another_order():
     corpus = model.build_corpus(["".join(pair) for pair in itertools.product("abcdefgh", repeat=2)])
     batches = train.Batches(corpus, np.arange(64), batch_size=8, depth=2)
