@@ -1123,9 +1123,7 @@ def tell_what_was_read(args, data, source):
     if loader.header:
         say(f"Skipped the header ({', '.join(loader.header)}) and read the first column")
     if loader.uneven:
-        say(
-            f"{loader.uneven:,} rows have more or fewer columns than the header; quote their delimiters"
-        )
+        say(f"{loader.uneven:,} rows differ from the header in columns; quote their delimiters")
     characters = np.count_nonzero(corpus.targets)
     cut = len(corpus) - (len(corpus.targets) - characters)  # which have no end mark
     say(
