@@ -407,7 +407,7 @@ def test_results_of_every_kind_can_be_a_csv(invent, tmp_path, change):
     assert err == f"{tmp_path / 'o.csv'} holds 100 sequences\n"
     content, err = write("o.txt", "--prompt", "", "--seed", 1)
     assert len(re.split(r"\r\n|\r|\n", content)) == 101
-    assert err.startswith(f"sample.py: {sample.ESCAPED}")
+    assert err.startswith("sample.py: line ends within sequences are written as ")
     (header, row), _ = write("o.csv", "--prompt", "", "--most_likely", 1)
     assert (header, float(row[1]) > 0) == (["sequence", "probability"], True)
     (tmp_path / "known.txt").write_text("é;\né,\n", encoding="utf-8")
@@ -422,7 +422,7 @@ def test_an_output_that_can_not_be_written_leaves_the_old_one(tmp_path):
     with open(path) as old:
         for options, message in (
             ({"input": "th\n" * 99, **limit}, "can't write the output: File too large"),
-            ({"input": "th\n\0\n"}, "error: standard input: -, line 2: a NUL character"),
+            ({"input": "th\n\0\n"}, "standard input: -, line 2: a NUL character"),
             ({"stdin": old}, f"{path} is the file of standard input; pass another one"),
         ):
             process = run("sample.py", "--output", path, **options)

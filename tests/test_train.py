@@ -249,7 +249,7 @@ def test_what_is_not_learned_is_told(folder, capsys):
     output = capsys.readouterr().out
     for told in (
         "Skipped the header (Ort, Land) and read the first column\n",
-        "1 rows have more or fewer columns than the header; ",
+        "1 rows differ from the header in columns; quote",
         "Read 1 sequences, 64 characters, ",
         "Cut 1 sequences to 64 characters (--max_len), leaving out 9,936\n",
         "holding out 0 for validation",
