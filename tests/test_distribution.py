@@ -35,7 +35,7 @@ SMALL += ["--layers", 2, "--learning_rate", 0.01]
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 def test_the_number_of_cores_or_devices_changes_nothing_but_how_sums_are_rounded(folder):
     cores = sorted(os.sched_getaffinity(0))
-    flags = ["--units", 64, "--epochs", 3, "--batch_size", 30, "--recurrent_dropout", 0.2]
+    flags = [*SMALL, "--units", 64, "--epochs", 3, "--batch_size", 30]
     several = {**JAX, "XLA_FLAGS": f"{DEVICES}4"}
     for count, used, more, environment in (
         (1, 1, ["--save_path", "one.h5"], JAX),
