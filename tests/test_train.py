@@ -677,7 +677,7 @@ def test_a_model_is_tuned_on_other_data_into_another_file(finished, refuse, caps
 
 
 NOW = f"{SAVED} keeps the last whole epoch; the same command without --overwrite continues"
-BEFORE = pytest.param("Learning from", "nothing new was saved", marks=pytest.mark.slow)
+BEFORE = pytest.param("with another --save_path", "nothing new was saved", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("wait_for", "told"), [("Epoch 3/5000", NOW), BEFORE])
