@@ -48,7 +48,7 @@ SENTINEL, UNITS, VALIDATION_SPLIT = "\n", 128, 0.1
 # and molecules: the less there is to learn from, the more is dropped, the smaller are the
 # batches, and the more passes there are.
 DEFAULTS = {
-    1_500: (1, 0.5, 0.5, 4, 30, 0.02),
+    1_200: (1, 0.5, 0.5, 4, 30, 0.02),
     20_000: (1, 0.5, 0.5, 8, 30, 0.02),
     50_000: (2, 0.3, 0.3, 16, 17, 0.01),
     300_000: (2, 0.3, 0.3, 16, 15, 0.01),
