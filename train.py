@@ -289,7 +289,10 @@ def check_data(args, data):
 
 def hash_bytes(*parts):
     """Returns the SHA-256, a str, of bytes and arrays, one after the other."""
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+    digest = hashlib.sha256()
+    for part in parts:  # not joined, which would copy all of a long list
+        digest.update(part)
+    return digest.hexdigest()
 
 
 # The batches
