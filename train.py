@@ -328,9 +328,9 @@ class Batches:
     >>> batches = Batches(corpus, np.arange(6), batch_size=3, depth=2)
     >>> [(inputs, targets, weights)] = batches.epoch()
     >>> inputs[:, 0]  # the first batch: "ccc", "bb" and "a", each after the sentinel
-    array([[0, 3, 3, 3, 0, 2, 2, 0, 1, 0, 0, 0]], dtype=int32)
+    array([[0, 3, 3, 3, 0, 2, 2, 0, 1]], dtype=int32)
     >>> targets[:, 0]
-    array([[3, 3, 3, 0, 2, 2, 0, 1, 0, 0, 0, 0]], dtype=int32)
+    array([[3, 3, 3, 0, 2, 2, 0, 1, 0]], dtype=int32)
     """
 
     def __init__(self, corpus, chosen, batch_size, depth=1, packed=True, devices=1, parts=1):
@@ -357,6 +357,7 @@ class Batches:
         Yields:
             Tuple `(inputs, targets, weights)` of arrays `(rows, depth, steps)`, two
             of int32 and one of float32: along the second axis, batch after batch.
+            The shape is that of all epochs, if each takes all sequences.
             Inputs are 0, the sentinel, where a sequence begins. Weights are 0 where
             there is no target, and else such that the sum over a batch, averaged
             over all batches, is the mean over all targets.
@@ -364,21 +365,18 @@ class Batches:
         order = self.deal(seed, part)
         lengths = np.where(order < 0, 0, self.corpus.lengths[order])
         weight = self.stacks * self.depth / lengths.sum()
-        rows, begins, longest = self.pack(lengths)
-        # Rounded up, because each new shape is compiled anew. It depends on the epoch alone, as
-        # sums are rounded a little differently in another shape.
-        steps = math.ceil(longest / 4) * 4
+        rows, begins, steps = self.pack(lengths)
         for start in range(0, order.shape[1], self.depth):
             stack = slice(start, start + self.depth)
             yield self.fill(order[:, stack], rows[:, stack], begins[:, stack], steps, weight)
 
     def deal(self, seed, part):
-        """Deals the sequences out so that each batch gets long and short ones alike.
+        """Deals the sequences out so that all batches get about equally many characters.
 
-        It gets one of the shortest, one of the next shortest, and so on, which one
-        is random unless the seed is None. Returns an int array `(batch_size,
-        batches)` of indices, the longest last; where a batch has a sequence less,
-        it begins with -1.
+        Of the longest ones each batch gets one, then of the next longest, and so on,
+        always a longer one where less has been dealt. The seed orders equally long ones,
+        and the batches. Returns an int array `(batch_size, batches)` of indices, the
+        longest last; where a batch has a sequence less, it begins with -1.
         """
         rng = np.random.default_rng(seed)
         order = self.chosen if seed is None else rng.permutation(self.chosen)
@@ -386,7 +384,11 @@ class Batches:
         order = order[np.argsort(self.corpus.lengths[order], kind="stable")]
         batches = self.stacks * self.depth
         order = np.pad(order, (-len(order) % batches, 0), constant_values=-1).reshape(-1, batches)
-        return order if seed is None else rng.permuted(order, axis=1)
+        dealt = np.zeros(batches, int)
+        for group in reversed(order):
+            group[np.argsort(-dealt, kind="stable")] = group.copy()
+            dealt += self.corpus.lengths[group]
+        return order if seed is None else order[:, rng.permutation(batches)]
 
     def pack(self, lengths):
         """Puts each sequence of a batch, the longest first, into the row that is shortest so far.

@@ -550,6 +550,9 @@ def test_an_epoch_takes_each_sequence_once_and_pads_little(batch_size, depth, pa
     assert whole / len(sizes) == pytest.approx(1)
     if packed and devices == 1:
         assert len(sizes) * inputs.size < 1.5 * corpus.lengths[chosen].sum()
+    # Another one would be compiled anew.
+    shapes = {stack[0].shape for seed in range(9) for stack in batches.epoch((0, seed))}
+    assert len(shapes) == 1
 
 
 def test_the_parts_of_a_pass_take_each_sequence_once():
