@@ -41,7 +41,6 @@ NOT_TEXT = {
     b"7z\xbc\xaf": "a 7z archive: unpack it",
     b"Rar!\x1a": "a rar archive: unpack it",
 }
-MAGIC = re.compile(b"|".join(map(re.escape, (*UTF_16, *UNPACKERS, *NOT_TEXT))))
 
 
 class UserError(ValueError):
@@ -141,12 +140,12 @@ class SequenceLoader:
 
     def lines(self):
         """Yields the lines of the file with their ends, and counts them in `line`."""
-        number = 0
+        self.line = 0
         try:
             with open_text(self.path) as text:
                 # Old files from DOS end in ^Z.
                 while (line := text.readline(LONGEST_LINE)) not in ("", "\x1a"):
-                    self.line = number = number + 1
+                    self.line += 1
                     # Rarely true, so that little is spent on most lines.
                     if not line.isascii() or "\0" in line or len(line) == LONGEST_LINE:
                         line = self._inspect(line)
@@ -176,9 +175,6 @@ class VocabularyLoader(SequenceLoader):
     so of spellings that differ only in case one is kept, the lower-case one if
     there is one ("in" rather than "In"; "English" if there is no "english").
     The words are held in memory: the last one may be the most frequent.
-
-    Args:
-        path, max_sequences: as for `SequenceLoader`; the first ones are the most frequent.
     """
 
     summary = "English words, the most used first"
@@ -191,13 +187,9 @@ class VocabularyLoader(SequenceLoader):
         for word in filter(None, map(str.strip, super().records())):
             key = word.lower()
             if key not in words or word == key:
-                words[key] = word, self.line
-
-        def frequency(record):
-            # Nothing longer is a word, and wordfreq would run out of memory.
-            return wordfreq.word_frequency(record[0][:1000], "en")
-
-        for word, self.line in sorted(words.values(), key=frequency, reverse=True):
+                # Nothing longer is a word, and wordfreq would run out of memory.
+                words[key] = wordfreq.word_frequency(key[:1000], "en"), word, self.line
+        for _, word, self.line in sorted(words.values(), key=lambda found: -found[0]):
             yield word
 
 
@@ -207,17 +199,12 @@ class UserNameLoader(SequenceLoader):
     The `csv` module reads it: a quoted field may hold delimiters, quotes and
     line ends. The delimiter is the one of `DELIMITERS` that splits the first
     row, which is ignored, into the most columns, unless an Excel line like
-    `sep=;` names one. Rows whose first column is blank are skipped.
-
-    Args:
-        path, max_sequences: as for `SequenceLoader`.
+    `sep=;` names one. Rows whose first column is blank are skipped. Malformed
+    CSV is a UserError.
 
     Attributes:
         header: list of str, the first row.
         uneven: int, how many rows so far had more or fewer columns.
-
-    Raises:
-        UserError: as `SequenceLoader` does, and for malformed CSV.
     """
 
     summary = "the first column of a CSV or TSV file"
@@ -302,7 +289,7 @@ class _Source(io.RawIOBase):
         self.path, self.file, self.opened, self.ahead = path, file, opened, io.BytesIO()
         # No more than a line, since a pipe may hold no more for now.
         begin = self.readline(6)
-        self.start = magic[0] if (magic := MAGIC.match(begin)) else b""
+        self.start = next(filter(begin.startswith, (*UTF_16, *UNPACKERS, *NOT_TEXT)), b"")
         self.ahead = io.BytesIO(begin)
 
     def readable(self):

@@ -72,8 +72,8 @@ class Alphabet:
         self.symbols = symbols
         self.sentinel = symbols[0]
         self._points = code_points(symbols)
-        self._ids = np.zeros(sys.maxunicode + 1, np.int32)
-        self._ids[self._points] = np.arange(len(symbols))
+        self.ids = np.zeros(sys.maxunicode + 1, np.int32)
+        self.ids[self._points] = np.arange(len(symbols))
 
     def __len__(self):
         return len(self.symbols)
@@ -84,7 +84,7 @@ class Alphabet:
         return decomposed if self._knows(decomposed) and not self._knows(composed) else composed
 
     def _knows(self, text):
-        return self._ids[code_points(text)].all()
+        return self.ids[code_points(text)].all()
 
     @functools.cached_property
     def marks(self):
@@ -103,7 +103,7 @@ class Alphabet:
             pair = self.symbols[index] + mark
             composed = unicodedata.normalize("NFC", pair)
             if composed != pair and self._knows(composed):
-                found.append(int(self._ids[ord(mark)]))
+                found.append(int(self.ids[ord(mark)]))
         return found
 
     def encode(self, text):
@@ -112,7 +112,7 @@ class Alphabet:
         Raises a UserError if the alphabet lacks one, or one is the sentinel; it names up to ten.
         """
         points = code_points(text)
-        ids = self._ids[points]
+        ids = self.ids[points]
         if not ids.all():
             unknown = np.unique(points[ids == 0])[:10]
             names = ", ".join(name_character(chr(point)) for point in unknown)
@@ -206,27 +206,22 @@ def build_corpus(sequences, sentinel="\n", max_len=None, characters=""):
             raise ValueError(f"sequences contain the sentinel, {sentinel!r}")
     used[ord(sentinel)] = False
     symbols = sentinel + "".join(map(chr, np.flatnonzero(used)))
-    if not blocks or len(symbols) == 1:
-        raise ValueError("there is no sequence to encode")
     if len(symbols) > LIMITS["alphabet"]:
         raise UserError(
             f"{len(symbols) - 1:,} different characters are more than the "
             f"{LIMITS['alphabet'] - 1:,} that a model can have; is this a file of text?"
         )
-    ids = np.zeros(len(used), np.min_scalar_type(len(symbols) - 1))
-    ids[code_points(symbols)] = np.arange(len(symbols))
-    targets = np.empty(sum(map(len, blocks)), ids.dtype)
+    alphabet = Alphabet(symbols)
+    targets = np.empty(sum(map(len, blocks)), np.min_scalar_type(len(symbols) - 1))
     end = len(targets)
     while blocks:  # which makes room for the next
         block = blocks.pop()
-        targets[end - len(block) : end] = ids[block]
+        targets[end - len(block) : end] = alphabet.ids[block]
         end -= len(block)
     lengths = np.concatenate(lengths)
     starts = lengths.cumsum(dtype=np.int64)
     starts -= lengths
-    return Corpus(
-        Alphabet(symbols), max_len or min(longest, most), targets, starts, lengths, dropped
-    )
+    return Corpus(alphabet, max_len or min(longest, most), targets, starts, lengths, dropped)
 
 
 # 2. The Keras network
@@ -413,29 +408,6 @@ def weight_shapes(alphabet_size, units, layers):
 # 3. The network in NumPy
 
 
-@dataclasses.dataclass(frozen=True)
-class State:
-    """What a network remembers of the sequences that it is reading, one a row.
-
-    Attributes:
-        hidden: float32 array `(rows, layers × units)`, each layer's last
-            output beside that of the layer below.
-        cell: float32 array `(layers, rows, units)`, each layer's memory cells.
-    """
-
-    hidden: np.ndarray
-    cell: np.ndarray
-
-    def take(self, rows):
-        """Returns a `State` of copies of the rows that an int array selects."""
-        return State(self.hidden[rows], self.cell[:, rows])
-
-    def move(self, sources, targets):
-        """Copies the rows `sources` over the rows `targets`, two int arrays of one length."""
-        self.hidden[targets] = self.hidden[sources]
-        self.cell[:, targets] = self.cell[:, sources]
-
-
 class SequenceModel:
     """A trained network in NumPy: it reads characters and invents the ones that follow.
 
@@ -480,11 +452,12 @@ class SequenceModel:
         return gates
 
     def start(self, rows=1):
-        """Returns the `State` before anything is read, for this many sequences."""
-        return State(
-            np.zeros((rows, len(self._layers) * self._units), np.float32),
-            np.zeros((len(self._layers), rows, self._units), np.float32),
-        )
+        """Returns the state before anything is read, for this many sequences.
+
+        It is a float32 array `(2, rows, layers × units)`: of each sequence the last outputs
+        of all layers, side by side, and then their memory cells.
+        """
+        return np.zeros((2, rows, len(self._layers) * self._units), np.float32)
 
     def step(self, ids, state):
         """Reads one character of each of several sequences.
@@ -496,7 +469,7 @@ class SequenceModel:
 
         Args:
             ids: int array `(batch,)`.
-            state: `State`. Its first `batch` rows are updated in place; others stay.
+            state: as from `start`. Its first `batch` rows are updated in place; others stay.
 
         Returns:
             Float32 array `(batch, alphabet)`: logits, whose softmax is the
@@ -505,7 +478,7 @@ class SequenceModel:
         batch, units = len(ids), self._units
         gates = np.empty((4, batch, units), np.float32)
         for layer, (weights, offsets) in enumerate(self._layers):
-            hidden = state.hidden[:batch, : (layer + 1) * units]
+            hidden, cell = state[:, :batch, : (layer + 1) * units]
             # What the layer below has just put out and what this one put out last
             # are neighbours there, so that one product serves both.
             np.matmul(hidden[:, max(layer - 1, 0) * units :], weights, out=gates)
@@ -516,7 +489,7 @@ class SequenceModel:
             sigmoids *= 0.5
             sigmoids += 0.5
             i, f, o, g = gates
-            cell = state.cell[layer, :batch]
+            cell = cell[:, -units:]
             cell *= f
             cell += np.multiply(i, g, out=i)
             np.multiply(o, np.tanh(cell, out=g), out=hidden[:, -units:])
@@ -525,14 +498,12 @@ class SequenceModel:
     def read_prompt(self, prompt):
         """Reads the sentinel and a prompt, a str; no sequence ends right after an empty one.
 
-        Returns what `follow` gave for the last character and the `State` then, both
+        Returns what `follow` gave for the last character and the state then, both
         of one row. Raises a UserError if the prompt holds an unknown character.
         """
-        *begin, last = 0, *self.alphabet.encode(prompt)
         state = self.start()
-        for index in begin:
-            self.step(np.array([index]), state)
-        logits = self.follow(np.array([last]), state)
+        for index in (0, *self.alphabet.encode(prompt)):
+            logits = self.follow(np.array([index]), state)
         if not prompt:
             logits[:, 0] = -np.inf
         return logits, state
@@ -548,7 +519,7 @@ class SequenceModel:
             logits[np.ix_(ids == index, self.alphabet.respellings(index))] = -np.inf
         return logits
 
-    def prepare(self, prompt, max_len, temperature, top_k, top_p):
+    def prepare(self, prompt, max_len=None, **shape):
         """Checks what `sample` is asked for: raises as it does.
 
         Returns the prompt as the model can read it, the longest sequence, and `distribution`
@@ -559,9 +530,9 @@ class SequenceModel:
         self.alphabet.encode(prompt)  # for what it raises
         if len(prompt) > max_len:
             raise UserError(f"it has {len(prompt)} characters, but max_len is {max_len}")
-        shape = functools.partial(distribution, temperature=temperature, top_k=top_k, top_p=top_p)
-        shape(np.zeros(1))  # likewise
-        return prompt, max_len, shape
+        to_probabilities = functools.partial(distribution, **shape)
+        to_probabilities(np.zeros(1))  # likewise
+        return prompt, max_len, to_probabilities
 
     def chunk_size(self, max_len):
         """Returns how many sequences of up to `max_len` characters to work on at a time, an int."""
@@ -600,7 +571,8 @@ class SequenceModel:
         >>> list(names.sample("Al", count=2, top_k=20, seed=1))
         ['Al...', 'Al...']
         """
-        prompt, max_len, to_probabilities = self.prepare(prompt, max_len, temperature, top_k, top_p)
+        shape = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        prompt, max_len, to_probabilities = self.prepare(prompt, max_len, **shape)
         key = int(np.random.default_rng(seed).integers(2**63))
         return self._sample(prompt, count, max_len - len(prompt), to_probabilities, key)
 
@@ -610,7 +582,7 @@ class SequenceModel:
         while count is None or start < count:
             # Without a count a few may be enough, so the batches start small and double.
             batch = min(most, max(start, 128) if count is None else count - start)
-            rows = logits.repeat(batch, axis=0), state.take(np.zeros(batch, int))
+            rows = logits.repeat(batch, axis=0), state.repeat(batch, axis=1)
             invented = self._finish(*rows, steps, to_probabilities, key, start)
             text = self.alphabet.decode(invented[invented > 0])
             end = 0
@@ -638,7 +610,7 @@ class SequenceModel:
                 break
             gaps = np.flatnonzero(~going_on[:left])
             last = left + np.flatnonzero(going_on[left:])
-            state.move(last, gaps)
+            state[:, gaps] = state[:, last]
             for array in (places, ids):
                 array[gaps] = array[last]
             places, ids = places[:left], ids[:left]
@@ -695,9 +667,8 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
     if temperature == 0:
         temperature, top_k = 1.0, 1
     logits = logits - logits.max(axis=-1, keepdims=True).astype(np.float64)
-    if temperature != 1:
-        with np.errstate(over="ignore"):  # then the character is impossible, as it should be
-            logits /= temperature
+    with np.errstate(over="ignore"):  # then the character is impossible, as it should be
+        logits /= temperature
     probabilities = np.exp(logits, out=logits)
     probabilities /= probabilities.sum(axis=-1, keepdims=True)
     if top_k is not None or top_p is not None:
@@ -726,9 +697,6 @@ def save(path, weights, metadata, checkpoint=()):
         metadata: dict that JSON can hold, with at least `alphabet` (str, the
             sentinel first), `max_len`, `units` and `layers`.
         checkpoint: list of arrays that only continuing the training needs.
-
-    Raises:
-        OSError: if the file can't be written; then the old one still stands.
 
     Example, in plain Keras, of what follows a "q":
 
@@ -940,7 +908,7 @@ def _find_array(file, name, shape):
         and not found.id.get_create_plist().get_external_count(),
         f"{name} is not an array stored in one piece",
     )
-    _require(found.dtype.kind in "fiu" and found.shape is not None, f"{name} holds no numbers")
+    _require(found.dtype.kind in "fiu", f"{name} holds no numbers")
     _require(
         shape is None or (found.shape, found.dtype) == (shape, np.float32),
         f"{name} should have shape {shape} and dtype float32. "
@@ -962,7 +930,7 @@ def _follow(file, name):
 
 def is_within(array, largest):
     """Returns whether no number of an array is NaN or beyond ±`largest`."""
-    return not array.size or -largest <= float(array.min()) <= float(array.max()) <= largest
+    return -largest <= float(array.min()) <= float(array.max()) <= largest
 
 
 # 5. What both command lines share
@@ -1104,8 +1072,9 @@ def check_target(flag, path, inputs):
     if not os.path.basename(path) or (os.path.exists(path) and not os.path.isfile(path)):
         raise UserError(f"{flag}: {path!r} is not a regular file; pass one")
     for name, other in inputs:
-        if other is not None and is_same_file(path, other):
-            raise UserError(f"{flag}: {path} is the file of {name}; pass another one")
+        with contextlib.suppress(OSError):  # one of them does not exist
+            if other is not None and os.path.samefile(path, other):
+                raise UserError(f"{flag}: {path} is the file of {name}; pass another one")
     with naming(flag, path, "write"):
         with contextlib.suppress(FileNotFoundError):
             os.stat(path)  # which fails for a name that is too long, or a circular link
@@ -1113,13 +1082,6 @@ def check_target(flag, path, inputs):
             folders = pathlib.Path(os.path.realpath(path)).parents
             with tempfile.TemporaryFile(dir=next(filter(os.path.exists, folders))):
                 pass
-
-
-def is_same_file(path, other):
-    """Returns whether two paths lead to one file that exists."""
-    with contextlib.suppress(OSError):
-        return os.path.samefile(path, other)
-    return False
 
 
 def name_character(character):
@@ -1153,8 +1115,6 @@ def printable(text):
     They replace what Python calls not printable (control and format characters, line
     ends, lone surrogates) and what is `INVISIBLE`.
     """
-    if text.isascii() and text.isprintable():
-        return text
     return "".join(
         character
         if character in JOINERS or (character.isprintable() and not INVISIBLE.match(character))

@@ -137,7 +137,7 @@ class Search:
         self.trained, self.max_len, self.exclude = trained, max_len, exclude
         self.to_probabilities = to_probabilities
         # The state of a prefix, an id and a cost for each follower, its text and a whole one's.
-        size = 2 * trained.start().hidden.nbytes + 16 * len(trained.alphabet) + 8 * max_len
+        size = trained.start().nbytes + 16 * len(trained.alphabet) + 8 * max_len
         base, each, most = SEARCH_MEMORY
         self.memory = min(base + each * count, most)
         self.limit = max(1, self.memory // (size + 1000))  # the rest is for Python's own objects
@@ -192,7 +192,7 @@ class Search:
             ids = ids[np.argsort(costs[row, ids], kind="stable")]
             followers = zip(costs[row, ids], ids)
             if len(text) + 1 < self.max_len:
-                self.push(text, followers, state.take([row]))
+                self.push(text, followers, state[:, [row]])
             else:
                 for cost, index in followers:
                     self.add(cost, text + self.trained.alphabet.symbols[index])
@@ -212,9 +212,7 @@ class Search:
             self.push(text, followers, state)
             chosen.append((cost, index, text + self.trained.alphabet.symbols[index], state))
         costs, ids, texts, states = zip(*chosen)
-        hidden = np.concatenate([state.hidden for state in states])
-        cell = np.concatenate([state.cell for state in states], axis=1)
-        state = model.State(hidden, cell)
+        state = np.concatenate(states, axis=1)
         logits = self.trained.follow(np.array(ids), state)
         self.add_followers(texts, np.array(costs), logits, state)
         if len(self.open) > self.limit:
@@ -229,42 +227,31 @@ class Search:
             del self.open[room:]
 
 
-def most_likely(
-    trained,
-    prompt="",
-    count=10,
-    temperature=1.0,
-    top_k=None,
-    top_p=None,
-    max_len=None,
-    exclude=(),
-    warn=warnings.warn,
-):
+def most_likely(trained, prompt="", count=10, exclude=(), warn=warnings.warn, **shape):
     """Finds the most probable of all sequences that `SequenceModel.sample` can invent.
 
     Args:
         trained: `model.SequenceModel`.
-        prompt, temperature, top_k, top_p, max_len: as in its `sample`.
+        prompt: as in its `sample`.
         count: int, how many.
         exclude: container of str that are not wanted.
         warn: function called with a message if there are fewer: if no
             other sequence is possible, or more prefixes would have to be
             remembered than fit into the bytes that `SEARCH_MEMORY` allows.
+        shape: `temperature`, `top_k`, `top_p` and `max_len`, as in `sample`, which
+            raises the same errors.
 
     Returns:
         An iterator of tuples `(sequence, probability)`, the most probable
         first. Sequences are composed (NFC); the probability is that of
         inventing one given the prompt. Each comes as soon as it is proven.
 
-    Raises:
-        ValueError: as `sample` does.
-
     Example:
 
     >>> list(most_likely(names, "Al", count=2))
     [('Al...', 0.0...), ('Al...', 0.0...)]
     """
-    prompt, max_len, to_probabilities = trained.prepare(prompt, max_len, temperature, top_k, top_p)
+    prompt, max_len, to_probabilities = trained.prepare(prompt, **shape)
     search = Search(trained, count, max_len, to_probabilities, exclude)
     return search.find(prompt, count, warn)
 

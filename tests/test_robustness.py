@@ -26,7 +26,7 @@ def wait_until(condition, process):
 
 
 def limit_memory():
-    resource.setrlimit(resource.RLIMIT_AS, (2 * 2**30, 2 * 2**30))
+    resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
 
 
 # Signals
@@ -142,7 +142,8 @@ def test_the_default_model_is_found_through_a_link(tmp_path):
 
 def test_a_long_line_among_many_is_no_reason_to_take_all_memory(tmp_path):
     (tmp_path / "sequences.txt").write_text("a" * 60_000 + "\n" + "b\n" * 90_000)
-    process = run("train.py", "--max_len", 65_536, cwd=tmp_path, preexec_fn=limit_memory)
+    flags = "--max_len", 65_536, "--batch_size", 512
+    process = run("train.py", *flags, cwd=tmp_path, preexec_fn=limit_memory)
     assert_refused(process, "not enough memory; lower --batch_size, --units or --max_len")
 
 
