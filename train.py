@@ -7,7 +7,6 @@ training by Keras's `fit` and its callbacks. `run`, near the end, is the whole o
 import argparse
 import contextlib
 import ctypes
-import dataclasses
 import gc
 import hashlib
 import itertools
@@ -146,11 +145,10 @@ def one_character(text):
 
 def check_flags(args):
     """Raises a `UserError`, before anything is read or imported, if the flags can't work."""
-    backend = os.environ.get("KERAS_BACKEND")
+    backend = os.environ.get("KERAS_BACKEND") or "tensorflow"
     if args.distribute and backend != "jax":
         raise UserError("--distribute needs Keras on JAX: pip install jax; set KERAS_BACKEND=jax")
-    if backend:
-        check_backend(backend)
+    check_backend(backend)
     inputs = ("--sequence_path", args.sequence_path), ("--init_from", args.init_from)
     model.check_target("--save_path", args.save_path, inputs)
     if not args.save_path.lower().endswith((".h5", ".hdf5")):
@@ -269,12 +267,6 @@ def in_blocks(indices):
     """Yields the parts of an array of indices, to bound temporary memory."""
     for start in range(0, len(indices), 2**16):
         yield indices[start : start + 2**16]
-
-
-def count_characters(corpus, indices):
-    """Counts the targets of sequences, an int array of indices: returns an array by id."""
-    targets = (corpus.targets[corpus.locate(block)[0]] for block in in_blocks(indices))
-    return sum(np.bincount(each, minlength=len(corpus.alphabet)) for each in targets)
 
 
 def check_data(args, data):
@@ -452,14 +444,12 @@ def keep_memory():
 @contextlib.contextmanager
 def quiet():
     """Hides what TensorFlow writes to stderr before any log level applies."""
-    stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(nowhere)
+    with open(os.devnull, "wb") as nowhere, os.fdopen(os.dup(2), "wb") as stderr:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr.fileno(), 2)
 
 
 def import_keras():
@@ -522,25 +512,19 @@ def make_network(layers, packed):
     import keras
     from keras import losses, ops
 
-    class Network(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.network = keras.Sequential(layers)
-            self.built = True
-
+    class Network(keras.Sequential):
         def call(self, ids, training=False):
-            one_hot = ops.one_hot(ids, self.network.input_shape[-1])
+            one_hot = ops.one_hot(ids, self.input_shape[-1])
             mask = ops.not_equal(ids, 0) if packed and training else None
-            # Not `self.network(…)`, which would warn that it passes no mask on to what follows.
-            return self.network.call(one_hot, training=training, mask=mask)
+            return super().call(one_hot, training=training, mask=mask)
 
         # Not `compile(loss=…)`: Keras on JAX would build it with a stack as if it were a batch.
         def compute_loss(self, x, y, y_pred, sample_weight, training=True):
             return ops.sum(losses.sparse_categorical_crossentropy(y, y_pred) * sample_weight)
 
     if keras.backend.backend() == "jax":
-        return stack_steps_of_jax(Network)()
-    return stack_steps_of_tf(Network, packed)()
+        return stack_steps_of_jax(Network)(layers)
+    return stack_steps_of_tf(Network, packed)(layers)
 
 
 def stack_steps_of_jax(network_class):
@@ -608,10 +592,12 @@ def initial_weights(weights, data, source):
     They are random ones, `weights`, that know how frequent each character of
     the training data is, or what the `SequenceModel` `source` knows.
     """
+    corpus = data.corpus
+    blocks = (corpus.targets[corpus.locate(block)[0]] for block in in_blocks(data.training))
+    counts = sum(np.bincount(block, minlength=len(corpus.alphabet)) for block in blocks)
     # A better start than zeros; what is never a target (the end, if all were cut) stays rare.
-    counts = count_characters(data.corpus, data.training)
     weights[-1] = np.log((counts + 0.5) / counts.sum())
-    return extend_weights(weights, data.corpus.alphabet, source) if source else weights
+    return extend_weights(weights, corpus.alphabet, source) if source else weights
 
 
 def extend_weights(weights, alphabet, source):
@@ -637,22 +623,17 @@ def extend_weights(weights, alphabet, source):
 # A run and its file
 
 
-@dataclasses.dataclass
 class Progress:
     """How far a run has come. An epoch, to `fit` and in the history, is a part of a pass."""
 
-    metadata: dict  # what `model.save` takes
-    path: str  # of the file
-    log_dir: str | None  # for losses.csv
-    leads: bool  # whether this process reads and writes them: of a group, one does
-    parts: int  # epochs of a pass
-    epochs: int  # in all
-    patience: int | None  # epochs without a better one, after which to stop
-    weights: list | None = None  # of the best epoch
-    checkpoint: list = ()  # the variables that training continues with
-
-    def __post_init__(self):
-        self.history = self.metadata["history"]  # the losses so far, two lists by name
+    def __init__(self, args, metadata, parts=1, group=(0, 1)):
+        self.metadata, self.history = metadata, metadata["history"]  # two lists of losses, by name
+        self.parts, self.group = parts, group  # epochs of a pass; this process and how many
+        self.epochs = args.epochs * parts  # in all
+        self.patience = (args.patience or math.inf) * parts  # epochs without a better one
+        self.leads = group[0] == 0  # whether this process reads and writes files: one does
+        self.path, self.log_dir = args.save_path, args.log_dir if self.leads else None
+        self.weights, self.checkpoint = None, ()  # of the best epoch; what training continues with
         self.speeds, self.written = [], stamp(self.path)
 
     @property
@@ -679,8 +660,7 @@ class Progress:
     @property
     def is_finished(self):
         """Whether nothing is left to do."""
-        patience = self.patience or math.inf
-        return self.done >= self.epochs or self.done - self.best >= patience
+        return self.done >= self.epochs or self.done - self.best >= self.patience
 
     @property
     def kept(self):
@@ -741,7 +721,7 @@ def identify(metadata):
     }
 
 
-def continue_run(progress, group):
+def continue_run(progress):
     """Makes `Progress` go on from its file, if there is one.
 
     Of a group, process 0 reads that; if it refuses the file, all stop.
@@ -749,10 +729,11 @@ def continue_run(progress, group):
     refusal = None
     if progress.leads and progress.written:
         try:
-            read_earlier_run(progress)
+            with model.naming("--save_path", progress.path):
+                read_earlier_run(progress)
         except UserError as error:
-            refusal = str(error)
-    if group[1] > 1:
+            refusal = f"{error}; {WAYS_OUT}"
+    if progress.group[1] > 1:
         refusal, history = broadcast([refusal, progress.history])
         progress.history.update(history)
     if refusal:
@@ -764,12 +745,8 @@ def read_earlier_run(progress):
 
     What counts is what the flags mean, not how they were typed.
     """
-    path, ways_out = progress.path, WAYS_OUT
-    with model.naming("--save_path", path):
-        try:
-            best, found, progress.checkpoint = model.load(path, checkpoint=True)
-        except UserError as error:
-            raise UserError(f"{error}; {ways_out}") from None
+    path = progress.path
+    best, found, progress.checkpoint = model.load(path, checkpoint=True)
     progress.weights, then, now = best.weights, identify(found), identify(progress.metadata)
     if name := next((name for name in now if then.get(name) != now[name]), None):
         difference = f"--{name} {reprlib.repr(then.get(name))}, not {now[name]!r}"
@@ -777,10 +754,10 @@ def read_earlier_run(progress):
             difference = "another --init_from"
         elif name == "data":
             difference = "other data (--sequence_path, --num_sequences, --max_len)"
-            ways_out += f", with --init_from {path} to learn from what it knows"
-        raise UserError(f"--save_path: {path} was trained with {difference}; {ways_out}")
+            difference += f"; --init_from {path} learns from what it knows"
+        raise UserError(f"{path} was trained with {difference}")
     if not (progress.checkpoint and is_history(found.get("history"))):
-        raise UserError(f"--save_path: {path} lacks what continuing needs; {ways_out}")
+        raise UserError(f"{path} lacks what continuing needs")
     progress.history.update(found["history"])
 
 
@@ -805,7 +782,7 @@ def count_cores():
 
 
 def use_cores(rows, operations):
-    """Gives each usable core a device, so that Keras on JAX divides batches among them.
+    """Gives each usable core a device on JAX; returns whether Keras should divide batches.
 
     Within a device XLA keeps to about one core. Small batches, of few `rows` or
     `operations`, get fewer devices, each at least two rows.
@@ -819,19 +796,11 @@ def use_cores(rows, operations):
     if count > 1:
         with contextlib.suppress(RuntimeError):  # of a second run in one process
             jax.config.update("jax_num_cpu_devices", count)
-        if "cpu" in keras.distribution.list_devices()[0]:
-            divide_batches()
-
-
-def divide_batches():
-    """Makes Keras divide each batch among all devices."""
-    import keras
-
-    keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
+    return count > 1 and "cpu" in keras.distribution.list_devices()[0]
 
 
 def join_group(metadata, patience):
-    """Makes Keras divide each batch among all devices of all processes of a group.
+    """Joins the processes of a group, whose devices will share each batch.
 
     All must have been started alike, with this metadata and `--patience`. Returns
     the number of this process and how many there are, two int.
@@ -848,7 +817,6 @@ def join_group(metadata, patience):
             sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, errors="backslashreplace")
             model.discard(sys.__stdout__)
             keras.distribution.initialize()
-        divide_batches()
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
@@ -963,16 +931,17 @@ def make_callbacks(progress, data, seed):
 
 
 def keep_epoch(progress, network, losses):
-    """Adds an epoch with these losses to `Progress`, and saves that: returns `average_weights`.
+    """Adds an epoch with these losses to `Progress`, and saves that.
 
-    Raises a `UserError` if the run diverged.
+    Returns the weights to sample with, as `get_weights` does. Raises a `UserError` if
+    the run diverged.
     """
-    averages = average_weights(network)
+    # The moving averages predict better than the weights, the more so the shorter the list.
+    found = [each for each in network.optimizer.variables if each.name.endswith("_average")]
+    averages = [np.asarray(each).copy() for each in found]
     checkpoint = [np.asarray(each) for each in network.variables + network.optimizer.variables]
-    if not (
-        all(np.isfinite(each).all() for each in (*losses.values(), *checkpoint))
-        and all(model.is_within(array, model.LARGEST_WEIGHT) for array in averages)
-    ):
+    arrays = *checkpoint, *map(np.asarray, losses.values())
+    if not all(model.is_within(array, model.LARGEST_WEIGHT) for array in arrays):
         raise UserError(
             f"{progress.name(progress.done)}: the loss or a weight is NaN or too large; "
             f"{progress.kept}; try a lower --learning_rate"
@@ -986,18 +955,6 @@ def keep_epoch(progress, network, losses):
             progress.save(checkpoint)
     if progress.log_dir is not None:
         progress.write_losses()
-    return averages
-
-
-def average_weights(network):
-    """Returns the moving averages of a network's weights, a list of arrays, as `get_weights` does.
-
-    They predict better than the weights themselves, the more so the shorter the list.
-    """
-    weights = network.get_weights()
-    network.optimizer.finalize_variable_values(network.trainable_variables)
-    averages = network.get_weights()
-    network.set_weights(weights)
     return averages
 
 
@@ -1034,15 +991,17 @@ def shows_bar():
     return sys.stdout.isatty() and not plain and shutil.get_terminal_size().columns >= 80
 
 
-def fit(args, data, source, progress, group):
+def fit(args, data, source, progress):
     """Trains: builds the network, sets it to the run's variables and calls Keras's `fit`."""
     import_keras()
     import keras
 
     corpus, size = data.corpus, args.batch_size
     operations = count_operations(corpus, args.units, args.layers) * size
-    if keras.backend.backend() == "jax" and not args.distribute:
-        use_cores(count_rows(size), operations)
+    on_jax = keras.backend.backend() == "jax"
+    if args.distribute or (on_jax and use_cores(count_rows(size), operations)):
+        parallel = keras.distribution.DataParallel(auto_shard_dataset=False)
+        keras.distribution.set_distribution(parallel)
     devices = len(keras.distribution.list_devices()) if keras.distribution.distribution() else 1
     packed = learns_by_hand(args.recurrent_dropout, args.distribute)
     cells = size * math.ceil(corpus.lengths.mean())
@@ -1055,12 +1014,13 @@ def fit(args, data, source, progress, group):
     if len(data.held_out):
         size = min(VALIDATION_BATCH, len(data.held_out))
         held_out = Batches(corpus, data.held_out, size, packed=False, devices=devices)
-        single = (tuple(array[:, 0] for array in stack) for stack in stream(held_out, group))
+        stacks = stream(held_out, progress.group)
+        single = (tuple(array[:, 0] for array in stack) for stack in stacks)
         validation = {"validation_data": as_data(single), "validation_steps": held_out.stacks}
     say("Compiling, which takes a few seconds")
     # The data are endless; the numbers of steps say where an epoch ends.
     network.fit(
-        as_data(stream(learned, group, args.seed, progress.done)),
+        as_data(stream(learned, progress.group, args.seed, progress.done)),
         steps_per_epoch=learned.stacks,
         **validation,
         initial_epoch=progress.done,
@@ -1086,16 +1046,12 @@ def run(args):
     metadata, group = describe(args, data, source), (0, 1)
     if args.distribute:
         group = join_group(metadata, args.patience)
-    leads = group[0] == 0
     operations = count_operations(data.corpus, args.units, args.layers) * len(data.training)
-    parts = math.ceil(operations / LARGEST_PART)
-    lengths = parts, args.epochs * parts, args.patience and args.patience * parts
-    log_dir = args.log_dir if leads else None
-    progress = Progress(metadata, args.save_path, log_dir, leads, *lengths)
+    progress = Progress(args, metadata, math.ceil(operations / LARGEST_PART), group)
     if not args.overwrite:
-        continue_run(progress, group)
+        continue_run(progress)
     tell_what_was_read(args, data, source)
-    if log_dir is not None:
+    if progress.log_dir is not None:
         progress.write_losses()
     if progress.is_finished:
         flag = "--epochs" if progress.done >= progress.epochs else "--patience"
@@ -1105,7 +1061,7 @@ def run(args):
         if progress.done:
             say(f"Continuing {args.save_path} after epoch {progress.count(progress.done)}")
         try:
-            fit(args, data, source, progress, group)
+            fit(args, data, source, progress)
         except KeyboardInterrupt as stop:
             kept = progress.kept
             if progress.done:

@@ -478,8 +478,7 @@ def test_it_learns_what_stock_keras_learns_from_the_same_batches(
     data = data._replace(training=some, held_out=some)
     before = train.prepare_network(args, data, None, packed, 6).get_weights()
     metadata = train.describe(args, data, None)
-    progress = train.Progress(metadata, SAVED, None, True, parts=1, epochs=1, patience=None)
-    train.fit(args, data, None, progress, (0, 1))
+    train.fit(args, data, None, train.Progress(args, metadata))
 
     characters = len(data.corpus.alphabet)
     lstm = [keras.layers.LSTM(16, return_sequences=True) for _ in range(2)]
