@@ -570,7 +570,7 @@ def test_the_parts_of_a_pass_take_each_sequence_once():
     ("lines", "chosen"),
     [
         (100, "--layers 1 --dropout 0.5 --recurrent_dropout 0.5 --batch_size 4 --epochs 30"),
-        (4500, "--layers 2 --dropout 0.3 --recurrent_dropout 0.3 --batch_size 16 --epochs 17"),
+        (4500, "--layers 2 --dropout 0.3 --recurrent_dropout 0.3 --batch_size 16 --epochs 24"),
     ],
 )
 def test_settings_follow_the_amount_of_data_unless_they_are_given(capsys, lines, chosen):
