@@ -265,8 +265,8 @@ def hash_sequences(corpus):
 
 def in_blocks(indices):
     """Yields the parts of an array of indices, to bound temporary memory."""
-    for start in range(0, len(indices), 2**16):
-        yield indices[start : start + 2**16]
+    for start in range(0, len(indices), 2**13):
+        yield indices[start : start + 2**13]
 
 
 def check_data(args, data):
