@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import textwrap
 
 import pytest
 from conftest import KILLS, ROOT, read_all, write_sequences
@@ -21,15 +20,32 @@ COMMAND += ["--batch_size", 32, "--epochs", 60, "--patience", 8]
 SAVED = pathlib.Path("incognito_model.h5")
 # Runs that differ in their backend, and in the operations of a pass's parts: few make three of it.
 TENSORFLOW, JAX, DIVIDED = ("tensorflow", 3e13), ("jax", 3e13), ("tensorflow", 4e7)
-CODE = "import sys, train; train.LARGEST_PART = {}; sys.exit(train.main(sys.argv[1:]))"
+CODE = """
+import errno, os, resource, signal, sys
+import train
+
+def fail(*arguments):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+def sending(number, function=print):
+    def send(*arguments):
+        function(*arguments)
+        os.kill(os.getpid(), number)
+
+    return send
+
+train.LARGEST_PART = {}
+{}
+sys.exit(train.main(sys.argv[1:]))
+"""
 
 
-def start(kind, folder="."):
-    """Starts the command, of one of these kinds, in a folder."""
+def start(kind, folder=".", fault="", **options):
+    """Starts the command, of one of these kinds, in a folder, with what goes wrong in it."""
     backend, largest = kind
-    command = [sys.executable, "-c", CODE.format(largest), *map(str, COMMAND)]
+    command = [sys.executable, "-c", CODE.format(largest, fault), *map(str, COMMAND)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "KERAS_BACKEND": backend}
-    options = {"stdout": subprocess.PIPE, "encoding": "utf-8"}
+    options = {"stdout": subprocess.PIPE, "encoding": "utf-8", **options}
     return subprocess.Popen(command, cwd=folder, env=environment, **options)
 
 
@@ -103,43 +119,25 @@ FAULTS = {
     "os.replace = sending(signal.SIGKILL)": (-signal.SIGKILL, 1),
     "os.replace = sending(signal.SIGKILL, os.replace)": (-signal.SIGKILL, 2),
 }
-INJECTION = """
-    import errno, os, resource, signal, sys
-    import train
-
-    def fail(*arguments):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    def sending(number, function=print):
-        def send(*arguments):
-            function(*arguments)
-            os.kill(os.getpid(), number)
-
-        return send
-
-    {fault}
-    sys.exit(train.main(sys.argv[1:]))
-"""
 
 
 def train_with(fault):
-    """Runs the command in the current folder with a fault, and returns the process."""
-    code = textwrap.dedent(INJECTION).format(fault=fault)
-    command = [sys.executable, "-c", code, *map(str, COMMAND)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    """Runs the command in the current folder with a fault: returns its status and stderr."""
+    with start(TENSORFLOW, fault=fault, stderr=subprocess.PIPE) as process:
+        _, told = process.communicate()
+    return process.returncode, told
 
 
 def test_a_save_that_fails_leaves_a_good_file(folder, undisturbed):
     for fault, (status, epochs) in FAULTS.items():
-        process = train_with(fault)
-        assert process.returncode == status, process.stderr
+        found, told = train_with(fault)
+        assert found == status, told
         assert len(read_history(folder)["loss"]) == epochs
         if status > 0:
-            told = {2: "train.py: error: --save_path: can't write incognito_model.h5: .*; check.*"}
-            told[130] = "Stopped: .* keeps the last whole epoch; the same command continues"
-            assert re.fullmatch(told[status] + "\n", process.stderr)
+            texts = {2: "train.py: error: --save_path: can't write incognito_model.h5: .*; check.*"}
+            texts[130] = "Stopped: .* keeps the last whole epoch; the same command continues"
+            assert re.fullmatch(texts[status] + "\n", told)
             assert sorted(os.listdir(folder)) == ["incognito_model.h5", "sequences.txt"]
     # A file that can't be replaced can still be written.
-    assert train_with("os.replace = fail").returncode == 0
+    assert train_with("os.replace = fail")[0] == 0
     assert read_all(SAVED) == undisturbed(TENSORFLOW)
