@@ -204,6 +204,8 @@ def build_corpus(sequences, sentinel="\n", max_len=None, characters=""):
         longest = max(longest, int(whole.max()))
         if np.count_nonzero(points == ord(sentinel)) > np.count_nonzero(whole <= most):
             raise ValueError(f"sequences contain the sentinel, {sentinel!r}")
+    if not longest:
+        raise ValueError("there is no sequence, or all are empty")
     used[ord(sentinel)] = False
     symbols = sentinel + "".join(map(chr, np.flatnonzero(used)))
     if len(symbols) > LIMITS["alphabet"]:
@@ -469,7 +471,8 @@ class SequenceModel:
 
         Args:
             ids: int array `(batch,)`.
-            state: as from `start`. Its first `batch` rows are updated in place; others stay.
+            state: as from `start`. Its first `batch` rows, of the second axis, are
+                updated in place; others stay.
 
         Returns:
             Float32 array `(batch, alphabet)`: logits, whose softmax is the
@@ -478,7 +481,7 @@ class SequenceModel:
         batch, units = len(ids), self._units
         gates = np.empty((4, batch, units), np.float32)
         for layer, (weights, offsets) in enumerate(self._layers):
-            hidden, cell = state[:, :batch, : (layer + 1) * units]
+            hidden, cells = state[:, :batch, : (layer + 1) * units]
             # What the layer below has just put out and what this one put out last
             # are neighbours there, so that one product serves both.
             np.matmul(hidden[:, max(layer - 1, 0) * units :], weights, out=gates)
@@ -489,7 +492,7 @@ class SequenceModel:
             sigmoids *= 0.5
             sigmoids += 0.5
             i, f, o, g = gates
-            cell = cell[:, -units:]
+            cell = cells[:, -units:]
             cell *= f
             cell += np.multiply(i, g, out=i)
             np.multiply(o, np.tanh(cell, out=g), out=hidden[:, -units:])
@@ -515,8 +518,9 @@ class SequenceModel:
         accent where the alphabet has both as one character.
         """
         logits = self.step(ids, state)
-        for index in {*ids.tolist()} - {0} if self.alphabet.marks else ():
-            logits[np.ix_(ids == index, self.alphabet.respellings(index))] = -np.inf
+        if self.alphabet.marks:
+            for index in {*ids.tolist()} - {0}:
+                logits[np.ix_(ids == index, self.alphabet.respellings(index))] = -np.inf
         return logits
 
     def prepare(self, prompt, max_len=None, **shape):
@@ -723,7 +727,7 @@ def save(path, weights, metadata, checkpoint=()):
         file.attrs[METADATA] = np.bytes_(text.encode())
         layers = list(dict.fromkeys(layer for layer, _ in shapes))
         group.attrs["layer_names"] = layers
-        for (layer, name), value in zip(shapes, weights):
+        for (layer, name), value in zip(shapes, weights, strict=True):
             group[f"{layer}/{name}"] = value
         for each in layers:
             group[each].attrs["weight_names"] = [name for layer, name in shapes if layer == each]
@@ -800,12 +804,12 @@ def load(path, checkpoint=False):
 
     Returns:
         Tuple `(model, metadata)` or `(model, metadata, checkpoint)`: a `SequenceModel`
-        and what was given to `save`, the metadata with its `format`. Beside what
-        `save` needs, train.py notes there the `loader_class`, the `settings` by the
-        names of their flags, how many sequences the `data` are and a hash of them, a hash of
-        `init_from`, `epochs`, how many were wanted, and the `history`: a list of the
-        `loss` and one of the `val_loss` of each epoch or, of a long list, of each part
-        of one, in nats per character.
+        and what was given to `save`, the metadata with its `format`. Beside what `save`
+        needs, train.py notes there `loader_class`; `data`, how many sequences there were
+        and a hash of them; `settings`, by the names of their flags; `init_from`, a hash
+        of that model; `epochs`, how many passes were wanted; and `history`, a list of
+        the `loss` and one of the `val_loss` of each epoch or, of a long list, of each
+        part of one, in nats per character.
 
     Raises:
         OSError: if the file can't be opened.

@@ -43,26 +43,22 @@ The same command again continues an interrupted run; a larger --epochs extends a
 finished one. Ctrl-C stops and keeps the run up to its last whole epoch.
 """
 SENTINEL, UNITS, VALIDATION_SPLIT = "\n", 128, 0.1
+SHORT = 20_000  # characters of a list that is better learned by a model of others
 # What is best for lists of up to so many characters, found on names, words, user names
 # and molecules: the less there is to learn from, the more is dropped, the smaller are the
 # batches, and the more passes there are.
 DEFAULTS = {
     1_200: (1, 0.5, 0.5, 4, 30, 0.02),
-    20_000: (1, 0.5, 0.5, 8, 30, 0.02),
+    SHORT: (1, 0.5, 0.5, 8, 30, 0.02),
     50_000: (2, 0.3, 0.3, 16, 24, 0.01),
     300_000: (2, 0.3, 0.3, 16, 18, 0.01),
     math.inf: (2, 0.3, 0.0, 32, 15, 0.01),
 }
-DEFAULT_FLAGS = (
-    "layers", "dropout", "recurrent_dropout", "batch_size", "epochs", "learning_rate"
-)  # fmt: skip
-SHORT = 20_000  # characters of a list that is better learned by a model of others
+CHOSEN = "layers", "dropout", "recurrent_dropout", "batch_size", "epochs", "learning_rate"
 SHIPPED = pathlib.Path(__file__).parent / "pre_trained_models" / "user_names_10000.h5"
 FINE_TUNING_RATE = 0.005  # the learning rate for a network that has learned before
 # What makes two runs the same run, besides their data and network.
-SETTINGS = (
-    "dropout", "recurrent_dropout", "batch_size", "learning_rate", "validation_split", "seed"
-)  # fmt: skip
+SETTINGS = *CHOSEN[1:4], "learning_rate", "validation_split", "seed"
 WAYS_OUT = "pass --overwrite to start over, or another --save_path"
 SHOWN = 8  # sequences that are invented after each epoch
 LINE_WIDTH = 100  # characters that are shown of each
@@ -214,7 +210,7 @@ def choose_settings(args, characters, source):
     A network narrower than the usual one gets dropout in proportion to its width.
     """
     values = next(values for most, values in DEFAULTS.items() if characters <= most)
-    settings = dict(zip(DEFAULT_FLAGS, values))
+    settings = dict(zip(CHOSEN, values))
     width = min(1, (args.units or UNITS) / UNITS)
     settings = {
         "units": UNITS,
@@ -240,11 +236,13 @@ def split(corpus, fraction):
     # They are chosen from the lowest hashes, which are never all.
     place = min(4 * most, len(hashes) - 1)
     limit = np.partition(hashes, place)[place]
-    kinds, counts = np.unique(hashes[hashes < limit], return_counts=True)
+    lowest = np.flatnonzero(hashes < limit)
+    kinds, counts = np.unique(hashes[lowest], return_counts=True)
     # What occurs often is held out less likely: a model never invents what it did not learn.
     order = np.argsort(kinds.astype(float) * counts)
     chosen = kinds[order[counts[order].cumsum() <= most]]
-    held_out = np.concatenate([np.isin(block, chosen) for block in in_blocks(hashes)])
+    held_out = np.zeros(len(corpus), bool)
+    held_out[lowest[np.isin(hashes[lowest], chosen)]] = True
     return tuple(np.flatnonzero(side).astype(np.int32) for side in (~held_out, held_out))
 
 
@@ -341,8 +339,8 @@ class Batches:
         """Yields the stacks of an epoch.
 
         Args:
-            seed: what `numpy.random.default_rng` takes, to shuffle the sequences;
-                None groups them the same way each time.
+            seed: what `numpy.random.default_rng` takes, to shuffle the batches, and
+                equally long sequences among them; None does neither.
             part: int, which share of them to take. Those with one seed have no
                 sequence in common.
 
@@ -366,9 +364,9 @@ class Batches:
         """Deals the sequences out so that all batches get about equally many characters.
 
         Of the longest ones each batch gets one, then of the next longest, and so on,
-        always a longer one where less has been dealt. The seed orders equally long ones,
-        and the batches. Returns an int array `(batch_size, batches)` of indices, the
-        longest last; where a batch has a sequence less, it begins with -1.
+        always a longer one where less has been dealt. Returns an int array `(batch_size,
+        batches)` of indices, the longest last; where a batch has a sequence less, it
+        begins with -1.
         """
         rng = np.random.default_rng(seed)
         order = self.chosen if seed is None else rng.permutation(self.chosen)
@@ -379,7 +377,7 @@ class Batches:
         dealt = np.zeros(batches, int)
         for group in reversed(order):
             group[np.argsort(-dealt, kind="stable")] = group.copy()
-            dealt += self.corpus.lengths[group]
+            dealt += self.corpus.lengths[group]  # wrong for -1, which is in the last group only
         return order if seed is None else order[:, rng.permutation(batches)]
 
     def pack(self, lengths):
@@ -483,12 +481,6 @@ def import_keras():
     keras.config.set_floatx("float32")  # whatever keras.json says
 
 
-def import_tensorflow():
-    """Imports TensorFlow before Keras does so on JAX, where it would be noisy."""
-    with quiet():
-        import tensorflow  # noqa: F401
-
-
 def learns_by_hand(recurrent_dropout, distributed):
     """Returns whether to train through `model.run_lstm`, compiled by XLA.
 
@@ -501,21 +493,22 @@ def learns_by_hand(recurrent_dropout, distributed):
     return on_cpu or recurrent_dropout > 0 or distributed
 
 
-def make_network(layers, packed):
+def make_network(layers, by_hand):
     """Makes a `keras.Model` of layers that `fit` trains with a stack of batches in each step.
 
     Each batch goes through Keras's own `train_step`. The model reads int tensors `(rows,
     steps)`, which it passes to the layers one-hot, and its loss is in nats per character
-    or end mark. `packed` tells whether rows hold several sequences in training; in
-    validation, which takes single batches, a row is one sequence.
+    or end mark. If the layers learn `by_hand`, rows hold several sequences in training;
+    in validation, which takes single batches, a row is one sequence.
     """
     import keras
     from keras import losses, ops
 
     class Network(keras.Sequential):
+        # It takes ids, though `input_shape` stays that of the first layer.
         def call(self, ids, training=False):
             one_hot = ops.one_hot(ids, self.input_shape[-1])
-            mask = ops.not_equal(ids, 0) if packed and training else None
+            mask = ops.not_equal(ids, 0) if by_hand and training else None
             return super().call(one_hot, training=training, mask=mask)
 
         # Not `compile(loss=…)`: Keras on JAX would build it with a stack as if it were a batch.
@@ -524,7 +517,7 @@ def make_network(layers, packed):
 
     if keras.backend.backend() == "jax":
         return stack_steps_of_jax(Network)(layers)
-    return stack_steps_of_tf(Network, packed)(layers)
+    return stack_steps_of_tf(Network, by_hand)(layers)
 
 
 def stack_steps_of_jax(network_class):
@@ -541,12 +534,12 @@ def stack_steps_of_jax(network_class):
     return Stacked
 
 
-def stack_steps_of_tf(network_class, packed):
-    """Makes the same as `stack_steps_of_jax` on TensorFlow, compiled by XLA if rows are packed."""
+def stack_steps_of_tf(network_class, by_hand):
+    """Makes the same as `stack_steps_of_jax` on TensorFlow, compiled by XLA if `by_hand`."""
     import tensorflow as tf
 
     class Stacked(network_class):
-        @tf.function(jit_compile=packed, reduce_retracing=True, autograph=False)
+        @tf.function(jit_compile=by_hand, reduce_retracing=True, autograph=False)
         def train_step(self, stack):
             one_step = super().train_step
 
@@ -560,7 +553,7 @@ def stack_steps_of_tf(network_class, packed):
     return Stacked
 
 
-def prepare_network(args, data, source, packed, updates):
+def prepare_network(args, data, source, by_hand, updates):
     """Builds and compiles the network, with the weights that `initial_weights` gives.
 
     `updates` is the number of updates of the weights in all epochs.
@@ -570,8 +563,8 @@ def prepare_network(args, data, source, packed, updates):
     backend, devices = keras.backend.backend(), keras.distribution.list_devices()
     shares = args.dropout, args.recurrent_dropout
     size = len(data.corpus.alphabet), args.units, args.layers
-    layers = model.build_layers(*size, *shares, args.seed, by_hand=packed)
-    network = make_network(layers, packed)
+    layers = model.build_layers(*size, *shares, args.seed, by_hand=by_hand)
+    network = make_network(layers, by_hand)
     rate = keras.optimizers.schedules.CosineDecay(args.learning_rate, updates)
     # Over about the last eighth of the updates, but at most 100.
     momentum = 1 - 1 / min(max(updates / 8, 1), 100)
@@ -624,11 +617,16 @@ def extend_weights(weights, alphabet, source):
 
 
 class Progress:
-    """How far a run has come. An epoch, to `fit` and in the history, is a part of a pass."""
+    """How far a run has come.
+
+    Flags and messages count passes over the data; `fit`, the history and this class
+    count the parts of passes, and call them epochs.
+    """
 
     def __init__(self, args, metadata, parts=1, group=(0, 1)):
         self.metadata, self.history = metadata, metadata["history"]  # two lists of losses, by name
-        self.parts, self.group = parts, group  # epochs of a pass; this process and how many
+        self.parts = parts  # epochs of a pass
+        self.group = group  # the number of this process, and how many there are
         self.epochs = args.epochs * parts  # in all
         self.patience = (args.patience or math.inf) * parts  # epochs without a better one
         self.leads = group[0] == 0  # whether this process reads and writes files: one does
@@ -754,7 +752,7 @@ def read_earlier_run(progress):
             difference = "another --init_from"
         elif name == "data":
             difference = "other data (--sequence_path, --num_sequences, --max_len)"
-            difference += f"; --init_from {path} learns from what it knows"
+            difference += f"; --init_from {path} with another --save_path learns from it"
         raise UserError(f"{path} was trained with {difference}")
     if not (progress.checkpoint and is_history(found.get("history"))):
         raise UserError(f"{path} lacks what continuing needs")
@@ -796,13 +794,14 @@ def use_cores(rows, operations):
     if count > 1:
         with contextlib.suppress(RuntimeError):  # of a second run in one process
             jax.config.update("jax_num_cpu_devices", count)
-    return count > 1 and "cpu" in keras.distribution.list_devices()[0]
+    devices = keras.distribution.list_devices()
+    return count > 1 and "cpu" in devices[0] and rows % len(devices) == 0
 
 
-def join_group(metadata, patience):
+def join_group(args, metadata):
     """Joins the processes of a group, whose devices will share each batch.
 
-    All must have been started alike, with this metadata and `--patience`. Returns
+    All must have been started alike, with flags and data of this metadata. Returns
     the number of this process and how many there are, two int.
     """
     import_keras()
@@ -810,20 +809,20 @@ def join_group(metadata, patience):
     import keras
     from jax.experimental import multihost_utils
 
-    import_tensorflow()  # which seeding imports
     try:
         if os.environ.get("KERAS_DISTRIBUTION_JOB_ADDRESSES"):
             # Gloo writes its peers' names straight to file descriptor 1.
             sys.stdout = os.fdopen(os.dup(1), "w", buffering=1, errors="backslashreplace")
             model.discard(sys.__stdout__)
-            keras.distribution.initialize()
+            with quiet():  # it imports TensorFlow
+                keras.distribution.initialize()
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(
             f"--distribute: {reason}; check the KERAS_DISTRIBUTION_… variables on every host"
         ) from None
     model.catch_signals()  # JAX has taken SIGTERM
-    digest = hash_bytes(json.dumps([metadata, patience]).encode()).encode()
+    digest = hash_bytes(json.dumps([metadata, args.patience, args.overwrite]).encode()).encode()
     try:
         multihost_utils.assert_equal(np.frombuffer(digest, np.uint8))
     except AssertionError:
@@ -848,17 +847,17 @@ def broadcast(value):
 # Training
 
 
-def set_variables(variables, progress, distributed):
+def set_variables(variables, progress):
     """Sets Keras variables to the checkpoint of `Progress`, if it has one.
 
-    If `distributed`, all processes must call it, and get the values of process 0.
+    All processes of a group must call it, and get the values of process 0.
     """
     values = progress.checkpoint or [np.asarray(each) for each in variables]
     fits = [value.shape for value in values] == [tuple(each.shape) for each in variables]
-    if not (broadcast(fits) if distributed else fits):
+    if not (broadcast(fits) if progress.group[1] > 1 else fits):
         raise UserError(f"--save_path: {progress.path} is of another version of Keras; {WAYS_OUT}")
     values = [value.astype(variable.dtype) for variable, value in zip(variables, values)]
-    if distributed:
+    if progress.group[1] > 1:
         from jax.experimental.multihost_utils import broadcast_one_to_all
 
         values = broadcast_one_to_all(values)
@@ -926,7 +925,8 @@ def make_callbacks(progress, data, seed):
         for part in ("train", "validation"):
             for old in pathlib.Path(progress.log_dir, part).glob("events.out.tfevents.*"):
                 old.unlink()
-    import_tensorflow()
+    with quiet():  # before Keras imports it on JAX
+        import tensorflow  # noqa: F401
     return [*made, TensorBoard(progress.log_dir, write_graph=False)]
 
 
@@ -938,7 +938,7 @@ def keep_epoch(progress, network, losses):
     """
     # The moving averages predict better than the weights, the more so the shorter the list.
     found = [each for each in network.optimizer.variables if each.name.endswith("_average")]
-    averages = [np.asarray(each).copy() for each in found]
+    averages = [np.asarray(each).copy() for each in found]  # JAX takes their memory again
     checkpoint = [np.asarray(each) for each in network.variables + network.optimizer.variables]
     arrays = *checkpoint, *map(np.asarray, losses.values())
     if not all(model.is_within(array, model.LARGEST_WEIGHT) for array in arrays):
@@ -999,17 +999,17 @@ def fit(args, data, source, progress):
     corpus, size = data.corpus, args.batch_size
     operations = count_operations(corpus, args.units, args.layers) * size
     on_jax = keras.backend.backend() == "jax"
-    if args.distribute or (on_jax and use_cores(count_rows(size), operations)):
-        parallel = keras.distribution.DataParallel(auto_shard_dataset=False)
-        keras.distribution.set_distribution(parallel)
-    devices = len(keras.distribution.list_devices()) if keras.distribution.distribution() else 1
-    packed = learns_by_hand(args.recurrent_dropout, args.distribute)
+    divided = args.distribute or (on_jax and use_cores(count_rows(size), operations))
+    devices = len(keras.distribution.list_devices()) if divided else 1
+    parallel = keras.distribution.DataParallel(auto_shard_dataset=False) if divided else None
+    keras.distribution.set_distribution(parallel)  # or None, since an earlier run may have set it
+    by_hand = learns_by_hand(args.recurrent_dropout, args.distribute)
     cells = size * math.ceil(corpus.lengths.mean())
     depth = max(1, min(MOST_BATCHES, MOST_OPERATIONS // operations, MOST_CELLS // cells))
-    learned = Batches(corpus, data.training, size, depth, packed, devices, progress.parts)
+    learned = Batches(corpus, data.training, size, depth, by_hand, devices, progress.parts)
     updates = progress.epochs * learned.stacks * learned.depth
-    network = prepare_network(args, data, source, packed, updates)
-    set_variables(network.variables + network.optimizer.variables, progress, args.distribute)
+    network = prepare_network(args, data, source, by_hand, updates)
+    set_variables(network.variables + network.optimizer.variables, progress)
     validation = {}
     if len(data.held_out):
         size = min(VALIDATION_BATCH, len(data.held_out))
@@ -1042,10 +1042,10 @@ def run(args):
     source = read_source(args)
     data = read_data(args, source)
     check_data(args, data)
-    args.batch_size = min(args.batch_size, len(data.training))
+    args.batch_size = min(args.batch_size, len(data.training))  # a larger one is the same run
     metadata, group = describe(args, data, source), (0, 1)
     if args.distribute:
-        group = join_group(metadata, args.patience)
+        group = join_group(args, metadata)
     operations = count_operations(data.corpus, args.units, args.layers) * len(data.training)
     progress = Progress(args, metadata, math.ceil(operations / LARGEST_PART), group)
     if not args.overwrite:

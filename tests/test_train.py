@@ -637,7 +637,7 @@ def test_an_extended_model_gives_the_old_sequences_the_same_odds(shift):
     flags = "--units 8 --layers 2 --dropout 0 --recurrent_dropout 0 --learning_rate 1 --seed 3"
     args = train.make_parser().parse_args(flags.split())
     data = train.Data(corpus, np.arange(3), np.arange(0), None, {})
-    network = train.prepare_network(args, data, source, packed=True, updates=1)
+    network = train.prepare_network(args, data, source, by_hand=True, updates=1)
     extended = SequenceModel(corpus.alphabet, 6, network.get_weights())
     known = [corpus.alphabet.symbols.index(symbol) for symbol in source.alphabet.symbols]
     for text in ("", "b", "dcfb", "ffffff"):
