@@ -58,7 +58,7 @@ CHOSEN = "layers", "dropout", "recurrent_dropout", "batch_size", "epochs", "lear
 SHIPPED = pathlib.Path(__file__).parent / "pre_trained_models" / "user_names_10000.h5"
 FINE_TUNING_RATE = 0.005  # the learning rate for a network that has learned before
 # What makes two runs the same run, besides their data and network.
-SETTINGS = *CHOSEN[1:4], "learning_rate", "validation_split", "seed"
+SETTINGS = "dropout", "recurrent_dropout", "batch_size", "learning_rate", "validation_split", "seed"
 WAYS_OUT = "pass --overwrite to start over, or another --save_path"
 SHOWN = 8  # sequences that are invented after each epoch
 LINE_WIDTH = 100  # characters that are shown of each
@@ -300,7 +300,7 @@ class Batches:
 
     Args:
         corpus: `model.Corpus`.
-        chosen: int array, the indices of the sequences to take.
+        indices: int array, the sequences to take.
         batch_size: int, sequences of a batch at most.
         depth: int, batches of a stack at most.
         packed: bool, whether a row holds several sequences, one after the other.
@@ -323,9 +323,9 @@ class Batches:
     array([[3, 3, 3, 0, 2, 2, 0, 1, 0]], dtype=int32)
     """
 
-    def __init__(self, corpus, chosen, batch_size, depth=1, packed=True, devices=1, parts=1):
-        self.corpus, self.chosen, self.parts = corpus, chosen, parts
-        size = math.ceil(len(chosen) / parts)
+    def __init__(self, corpus, indices, batch_size, depth=1, packed=True, devices=1, parts=1):
+        self.corpus, self.indices, self.parts = corpus, indices, parts
+        size = math.ceil(len(indices) / parts)
         count = math.ceil(size / batch_size)
         # Sequences are dealt to as many batches as fill whole stacks, so that one shape is
         # all there is to compile. Some then have a sequence less than others.
@@ -369,15 +369,15 @@ class Batches:
         begins with -1.
         """
         rng = np.random.default_rng(seed)
-        order = self.chosen if seed is None else rng.permutation(self.chosen)
+        order = self.indices if seed is None else rng.permutation(self.indices)
         order = order[part :: self.parts]
         order = order[np.argsort(self.corpus.lengths[order], kind="stable")]
         batches = self.stacks * self.depth
         order = np.pad(order, (-len(order) % batches, 0), constant_values=-1).reshape(-1, batches)
         dealt = np.zeros(batches, int)
-        for group in reversed(order):
-            group[np.argsort(-dealt, kind="stable")] = group.copy()
-            dealt += self.corpus.lengths[group]  # wrong for -1, which is in the last group only
+        for alike in reversed(order):
+            alike[np.argsort(-dealt, kind="stable")] = alike.copy()
+            dealt += self.corpus.lengths[alike]  # wrong for -1, which is among the last only
         return order if seed is None else order[:, rng.permutation(batches)]
 
     def pack(self, lengths):
