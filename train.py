@@ -566,8 +566,8 @@ def prepare_network(args, data, source, by_hand, updates):
     layers = model.build_layers(*size, *shares, args.seed, by_hand=by_hand)
     network = make_network(layers, by_hand)
     rate = keras.optimizers.schedules.CosineDecay(args.learning_rate, updates)
-    # Over about the last eighth of the updates, but at most 100.
-    momentum = 1 - 1 / min(max(updates / 8, 1), 100)
+    # Over about the last eighth of the updates, but at most 300.
+    momentum = 1 - 1 / min(max(updates / 8, 1), 300)
     adam = keras.optimizers.Adam(rate, global_clipnorm=1.0, use_ema=True, ema_momentum=momentum)
     network.compile(adam, jit_compile=backend == "jax")
     adam.build(network.trainable_variables)
