@@ -4,8 +4,9 @@
         --units 256 --batch_size 64 --dropout 0 --learning_rate 0.005 --epochs 3
 
 The lists are the benchmark's own, which the source distribution of `molsets` 0.3.1 on PyPI
-holds in moses/dataset/data. The flags after DIR, where the model is kept, are train.py's.
-Training takes hours; after Ctrl-C, or `timeout -s INT 1h`, the same command goes on with it.
+holds in moses/dataset/data. The flags after DIR, where the model is kept, are train.py's, but
+for `--temperature`, which is sample.py's. Training takes hours; after Ctrl-C, or
+`timeout -s INT 1h`, the same command goes on with it.
 """
 
 import argparse
@@ -66,6 +67,7 @@ def main():
     parser = argparse.ArgumentParser(usage="molecules.py TRAIN TEST DIR [train.py's flags]")
     for name in ("train", "test", "folder"):
         parser.add_argument(name, type=pathlib.Path)
+    parser.add_argument("--temperature", default="1")
     args, flags = parser.parse_known_args()
     args.folder.mkdir(exist_ok=True, parents=True)
     path, samples = args.folder / "molecules.h5", args.folder / "invented.txt"
@@ -75,6 +77,7 @@ def main():
         sys.exit(status)
     command = [sys.executable, ROOT / "sample.py", "--weights_path", path, "--prompt", ""]
     command += ["--num_samples", str(COUNT), "--seed", "0", "--output", samples]
+    command += ["--temperature", args.temperature]
     subprocess.run(command, check=True)
     RDLogger.DisableLog("rdApp.*")
     with multiprocessing.Pool() as workers:
