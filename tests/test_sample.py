@@ -552,7 +552,7 @@ def test_ctrl_c_clears_a_line_and_the_second_at_an_empty_prompt_leaves():
 
 @pytest.mark.parametrize("arguments", ["--num_samples 9999999", "--most_likely 3000 --top_p 1"])
 def test_ctrl_c_during_a_long_answer_returns_to_the_prompt(change, arguments):
-    path = change(end=-1000, max_len=model.LIMITS["max_len"])
+    path = change(end=-1000, max_len=2000)
     with terminal("sample.py", "--weights_path", path, *shlex.split(arguments)) as child:
         for prompt in ("qu", ""):
             child.expect_exact("> ")
