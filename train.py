@@ -49,6 +49,7 @@ SHORT = 20_000  # characters of a list that is better learned by a model of othe
 # batches, and the more passes there are.
 DEFAULTS = {
     1_200: (1, 0.5, 0.5, 4, 30, 0.02),
+    6_000: (1, 0.5, 0.5, 8, 45, 0.02),
     SHORT: (1, 0.5, 0.5, 8, 30, 0.02),
     50_000: (2, 0.3, 0.3, 16, 24, 0.01),
     300_000: (2, 0.3, 0.3, 16, 18, 0.01),
