@@ -46,7 +46,7 @@ SENTINEL, UNITS, VALIDATION_SPLIT = "\n", 128, 0.1
 SHORT = 20_000  # characters of a list that is better learned by a model of others
 # What is best for lists of up to so many characters, found on names, words, user names
 # and molecules: the less there is to learn from, the more is dropped, the smaller are the
-# batches, and the more passes there are.
+# batches and, but for the shortest lists, the more passes there are.
 DEFAULTS = {
     1_200: (1, 0.5, 0.5, 4, 30, 0.02),
     6_000: (1, 0.5, 0.5, 8, 45, 0.02),
