@@ -311,7 +311,30 @@ def run_lstm(projected, recurrent_kernel, kept_hidden, kept_cell):
     return run(projected, recurrent_kernel)
 
 
-def make_lstm_by_hand(units, recurrent_dropout=0.0, **options):
+def make_dropout_for_xla(share, seed=None, **options):
+    """Makes a `keras.layers.Dropout` for networks that XLA compiles.
+
+    There the random numbers that TensorFlow chooses by itself take a hundred times as
+    long as Threefry's (Salmon et al. 2011), which JAX uses: with small batches, more than
+    all else that training does.
+    """
+    from keras import backend, layers
+
+    if backend.backend() == "jax":
+        return layers.Dropout(share, seed=seed, **options)
+    import tensorflow as tf
+
+    class Dropout(layers.Dropout):
+        def call(self, inputs, training=False):
+            if not (training and self.rate):
+                return inputs
+            seed = tf.cast(self.seed_generator.next(), tf.int32)
+            return tf.nn.experimental.stateless_dropout(inputs, self.rate, seed, rng_alg="threefry")
+
+    return Dropout(share, seed=seed, **options)
+
+
+def make_lstm_by_hand(units, recurrent_dropout=0.0, seed=None, **options):
     """Makes a `keras.layers.LSTM` that, called with a mask, runs `run_lstm`.
 
     The mask does not say which steps to skip, as in Keras, but where the state is
@@ -322,7 +345,7 @@ def make_lstm_by_hand(units, recurrent_dropout=0.0, **options):
     back, the same ones at every step (Gal and Ghahramani 2016). Keras's own uses a
     separate mask for each gate and so needs four products per step where this needs one.
     """
-    from keras import layers, ops, random
+    from keras import layers, ops
 
     class LSTM(layers.LSTM):
         def inner_loop(self, sequences, initial_state, mask, training=False):
@@ -331,16 +354,17 @@ def make_lstm_by_hand(units, recurrent_dropout=0.0, **options):
             steps_first = ops.transpose(sequences, (1, 0, 2))
             projected = ops.matmul(steps_first, self.cell.kernel) + self.cell.bias
             kept_cell = kept_hidden = ops.cast(ops.transpose(mask), "float32")[:, :, None]
-            if training and recurrent_dropout:
+            if recurrent_dropout:
                 ones = ops.ones_like(initial_state[0])
-                dropped = random.dropout(ones, recurrent_dropout, seed=self.cell.seed_generator)
-                kept_hidden = kept_cell * dropped
+                kept_hidden = kept_cell * self.drop(ones, training=training)
             kernel = ops.convert_to_tensor(self.cell.recurrent_kernel)
             hidden = ops.transpose(run_lstm(projected, kernel, kept_hidden, kept_cell), (1, 0, 2))
             return hidden[:, -1], hidden, initial_state  # nothing uses the last state
 
     # An LSTM of cuDNN can't be divided among devices.
-    return LSTM(units, use_cudnn=False, **options)
+    lstm = LSTM(units, seed=seed, use_cudnn=False, **options)
+    lstm.drop = make_dropout_for_xla(recurrent_dropout, seed)
+    return lstm
 
 
 def build_layers(
@@ -377,6 +401,7 @@ def build_layers(
     # keras.utils.set_random_seed would import TensorFlow on every backend.
     seeds = iter(np.random.default_rng(seed).integers(2**31, size=4 * layers + 1).tolist())
     make_lstm = make_lstm_by_hand if by_hand else LSTM
+    make_dropout = make_dropout_for_xla if by_hand else Dropout
     built = [Input((None, alphabet_size), name="characters")]
     for layer in range(1, layers + 1):
         lstm = make_lstm(
@@ -388,7 +413,7 @@ def build_layers(
             seed=next(seeds),
             name=f"lstm_{layer}",
         )
-        built += [lstm, Dropout(dropout, seed=next(seeds), name=f"dropout_{layer}")]
+        built += [lstm, make_dropout(dropout, seed=next(seeds), name=f"dropout_{layer}")]
     kernel = GlorotUniform(next(seeds))
     built.append(Dense(alphabet_size, "softmax", kernel_initializer=kernel, name="next_character"))
     return built
