@@ -299,8 +299,7 @@ def run_lstm(projected, recurrent_kernel, kept_hidden, kept_cell):
                 d_hidden = ops.matmul(d_total, transposed) * kept_hidden[step]
                 return d_hidden, d_cell * f * kept_cell[step], put(d_totals, step, d_total)
 
-            carry = zeros, zeros, ops.zeros_like(gates)
-            _, _, d_totals = ops.fori_loop(0, steps, backward, carry)
+            *_, d_totals = ops.fori_loop(0, steps, backward, (zeros, zeros, ops.zeros_like(gates)))
             # Not reshaped for a plain product: devices that share the batch would first have
             # to exchange all of it.
             read = hiddens[:-1] * kept_hidden
@@ -353,10 +352,8 @@ def make_lstm_by_hand(units, recurrent_dropout=0.0, seed=None, **options):
                 return super().inner_loop(sequences, initial_state, mask, training)
             steps_first = ops.transpose(sequences, (1, 0, 2))
             projected = ops.matmul(steps_first, self.cell.kernel) + self.cell.bias
-            kept_cell = kept_hidden = ops.cast(ops.transpose(mask), "float32")[:, :, None]
-            if recurrent_dropout:
-                ones = ops.ones_like(initial_state[0])
-                kept_hidden = kept_cell * self.drop(ones, training=training)
+            kept_cell = ops.cast(ops.transpose(mask), "float32")[:, :, None]
+            kept_hidden = kept_cell * self.drop(ops.ones_like(initial_state[0]), training=training)
             kernel = ops.convert_to_tensor(self.cell.recurrent_kernel)
             hidden = ops.transpose(run_lstm(projected, kernel, kept_hidden, kept_cell), (1, 0, 2))
             return hidden[:, -1], hidden, initial_state  # nothing uses the last state

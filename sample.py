@@ -252,8 +252,7 @@ def most_likely(trained, prompt="", count=10, exclude=(), warn=warnings.warn, **
     [('Al...', 0.0...), ('Al...', 0.0...)]
     """
     prompt, max_len, to_probabilities = trained.prepare(prompt, **shape)
-    search = Search(trained, count, max_len, to_probabilities, exclude)
-    return search.find(prompt, count, warn)
+    return Search(trained, count, max_len, to_probabilities, exclude).find(prompt, count, warn)
 
 
 # Scores

@@ -21,7 +21,6 @@ import reprlib
 import shlex
 import shutil
 import signal
-import statistics
 import sys
 import time
 import typing
@@ -43,20 +42,21 @@ EXAMPLES = """examples:
 The same command again continues an interrupted run; a larger --epochs extends a
 finished one. Ctrl-C stops and keeps the run up to its last whole epoch.
 """
-SENTINEL, UNITS, VALIDATION_SPLIT = "\n", 128, 0.1
+SENTINEL, VALIDATION_SPLIT = "\n", 0.05
 SHORT = 20_000  # characters of a list that is better learned by a model of others
 # What is best for lists of up to so many characters, found on names, words, user names
 # and molecules: the less there is to learn from, the more is dropped, the smaller are the
 # batches and, but for the shortest lists, the more passes there are.
 DEFAULTS = {
-    1_200: (1, 0.5, 0.5, 4, 30, 0.02),
-    6_000: (1, 0.5, 0.5, 8, 45, 0.02),
-    SHORT: (1, 0.5, 0.5, 8, 30, 0.02),
-    50_000: (2, 0.3, 0.3, 16, 24, 0.01),
-    300_000: (2, 0.3, 0.3, 16, 18, 0.01),
-    math.inf: (2, 0.3, 0.0, 32, 15, 0.01),
+    1_200: (128, 1, 0.5, 0.5, 4, 30, 0.02),
+    6_000: (128, 1, 0.5, 0.5, 8, 45, 0.02),
+    30_000: (256, 1, 0.4, 0.4, 16, 40, 0.02),
+    50_000: (256, 1, 0.4, 0.3, 32, 22, 0.02),
+    300_000: (128, 2, 0.3, 0.3, 16, 18, 0.01),
+    math.inf: (128, 2, 0.3, 0.0, 32, 15, 0.01),
 }
-CHOSEN = "layers", "dropout", "recurrent_dropout", "batch_size", "epochs", "learning_rate"
+CHOSEN = "units", "layers", "dropout", "recurrent_dropout", "batch_size", "epochs", "learning_rate"
+WIDE = 128  # units; a narrower network gets dropout in proportion
 SHIPPED = pathlib.Path(__file__).parent / "pre_trained_models" / "user_names_10000.h5"
 FINE_TUNING_RATE = 0.005  # the learning rate for a network that has learned before
 # What makes two runs the same run, besides their data and network.
@@ -107,11 +107,11 @@ def make_parser():
     cut = f"cut to N characters (default: longest, up to {model.DEFAULT_MAX_LEN})"
     add(data, "--max_len", count(sizes["max_len"]), cut)
     add(data, "--sentinel", ("CHAR", one_character), r"marks the end; in no sequence (default: \n)")
-    add(data, "--validation_split", share, "held out to find the best epoch (default: at most 0.1)")
+    add(data, "--validation_split", share, "held out to find the best epoch (default: up to 0.05)")
 
     fit = "by default what suits the amount of data"
     network = parser.add_argument_group(f"network ({fit})")
-    add(network, "--units", count(sizes["units"]), f"width of each LSTM layer (default: {UNITS})")
+    add(network, "--units", count(sizes["units"]), "width of each LSTM layer")
     add(network, "--layers", count(sizes["layers"]), "LSTM layers")
     add(network, "--dropout", share, "share of outputs to drop")
     add(network, "--recurrent_dropout", share, "share of recurrent inputs to drop")
@@ -195,9 +195,7 @@ def read_data(args, source):
     def without_sentinel():
         for sequence in loader:
             if sentinel in sequence:
-                raise loader.error(
-                    f"the sequence contains the sentinel {sentinel!r}; pass --sentinel '\\0'"
-                )
+                raise loader.error(f"contains the sentinel {sentinel!r}; pass --sentinel '\\0'")
             yield sequence
 
     with model.naming("--sequence_path", path):
@@ -207,21 +205,15 @@ def read_data(args, source):
 
 
 def choose_settings(args, characters, source):
-    """Sets the flags that were not given, by how many characters there are: returns them, a dict.
-
-    A network narrower than the usual one gets dropout in proportion to its width.
-    """
+    """Sets the flags that were not given by how many characters there are: returns them."""
     values = next(values for most, values in DEFAULTS.items() if characters <= most)
     settings = dict(zip(CHOSEN, values))
-    width = min(1, (args.units or UNITS) / UNITS)
-    settings = {
-        "units": UNITS,
-        **settings,
-        "dropout": round(settings["dropout"] * width, 3),
-        "recurrent_dropout": round(settings["recurrent_dropout"] * width, 3),
-        "learning_rate": FINE_TUNING_RATE if source else settings["learning_rate"],
-        "validation_split": min(VALIDATION_SPLIT, LARGEST_VALIDATION / characters),
-    }
+    width = min(1, (args.units or settings["units"]) / WIDE)
+    for name in ("dropout", "recurrent_dropout"):
+        settings[name] = round(settings[name] * width, 3)
+    if source:
+        settings["learning_rate"] = FINE_TUNING_RATE
+    settings["validation_split"] = min(VALIDATION_SPLIT, LARGEST_VALIDATION / characters)
     chosen = {name: value for name, value in settings.items() if getattr(args, name) is None}
     vars(args).update(chosen)
     return chosen
@@ -237,8 +229,7 @@ def split(corpus, fraction):
     hashes, most = hash_sequences(corpus), round(fraction * len(corpus))
     # They are chosen from the lowest hashes, which are never all.
     place = min(4 * most, len(hashes) - 1)
-    limit = np.partition(hashes, place)[place]
-    lowest = np.flatnonzero(hashes < limit)
+    lowest = np.flatnonzero(hashes < np.partition(hashes, place)[place])
     kinds, counts = np.unique(hashes[lowest], return_counts=True)
     # What occurs often is held out less likely: a model never invents what it did not learn.
     order = np.argsort(kinds.astype(float) * counts)
@@ -472,10 +463,8 @@ def import_keras():
                 logging.getLogger("tensorflow").setLevel(logging.ERROR)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"Keras can't start: {reason}; pip install -r requirements.txt, or check KERAS_BACKEND "
-            "and ~/.keras/keras.json"
-        ) from None
+        ways = "pip install -r requirements.txt, or check KERAS_BACKEND and ~/.keras/keras.json"
+        raise UserError(f"Keras can't start: {reason}; {ways}") from None
     finally:
         gc.enable()
     gc.freeze()
@@ -491,8 +480,7 @@ def learns_by_hand(recurrent_dropout, distributed):
     """
     import keras
 
-    on_cpu = "cpu" in keras.distribution.list_devices()[0]
-    return on_cpu or recurrent_dropout > 0 or distributed
+    return recurrent_dropout > 0 or distributed or "cpu" in keras.distribution.list_devices()[0]
 
 
 def make_network(layers, by_hand):
@@ -914,8 +902,7 @@ def make_callbacks(progress, data, seed):
             progress.speeds.append(len(data.training) / progress.parts / self.seconds)
             if not self.params["verbose"]:  # else the bar has shown this
                 losses = " - ".join(f"{name}: {loss:.4f}" for name, loss in logs.items())
-                speed = f"{progress.speeds[-1]:,.0f} sequences/s"
-                say(f"{progress.name(epoch)} - {losses} - {speed}")
+                say(f"{progress.name(epoch)} - {losses} - {progress.speeds[-1]:,.0f} sequences/s")
             current = SequenceModel(data.corpus.alphabet, data.corpus.max_len, averages)
             show_invented(current, data, (seed, epoch))
 
@@ -1123,7 +1110,7 @@ def tell_what_was_learned(progress):
             perplexity = f"perplexity {model.perplexity(losses[best - 1]):.4g}"
             table[name] = f"{losses[best - 1]:.4f} nats per character, {perplexity}"
     if speeds := progress.speeds[1:]:  # in the first epoch Keras compiles
-        table["speed"] = f"{statistics.median(speeds):,.0f} sequences/s"
+        table["speed"] = f"{np.median(speeds):,.0f} sequences/s"
     for name, value in table.items():
         say(f"{name:17}{value}")
     say(f"Sample from it:  python sample.py --weights_path {shlex.quote(progress.path)}")

@@ -85,7 +85,7 @@ def test_the_gradient_worked_out_by_hand_is_the_slope_of_the_outputs():
         assert slope == pytest.approx(float(np.sum(gradient * change)), rel=1e-3)
 
 
-def test_recurrent_dropout_is_for_training_and_for_what_is_read_back():
+def test_dropout_is_for_training_and_if_recurrent_for_what_is_read_back():
     import tensorflow as tf
 
     _, lstm, *_ = model.build_layers(5, 64, 1, recurrent_dropout=0.5, seed=0, by_hand=True)
@@ -98,6 +98,10 @@ def test_recurrent_dropout_is_for_training_and_for_what_is_read_back():
     np.testing.assert_allclose(calm[:, 0], first[:, 0], atol=1e-6)  # nothing to read back yet
     for one, other in ((calm, first), (first, second), (first[0], first[1])):
         assert not np.allclose(one, other, atol=1e-6)
+    dropout = model.make_dropout_for_xla(0.25, seed=0)
+    dropped = tf.function(dropout, jit_compile=True)(np.ones((100, 1000)), training=True).numpy()
+    assert np.unique(dropped).tolist() == pytest.approx([0, 4 / 3])
+    assert np.mean(dropped == 0) == pytest.approx(0.25, abs=0.01)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

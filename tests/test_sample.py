@@ -425,8 +425,7 @@ def test_an_output_that_can_not_be_written_leaves_the_old_one(tmp_path):
             ({"input": "th\n\0\n"}, "standard input: -, line 2: a NUL character"),
             ({"stdin": old}, f"{path} is the file of standard input; pass another one"),
         ):
-            process = run("sample.py", "--output", path, **options)
-            assert_refused(process, message)
+            assert_refused(run("sample.py", "--output", path, **options), message)
             assert path.read_text() == "old"
             assert os.listdir(tmp_path) == ["words.txt"]
 
