@@ -62,8 +62,7 @@ FINE_TUNING_RATE = 0.005  # the learning rate for a network that has learned bef
 # What makes two runs the same run, besides their data and network.
 SETTINGS = "dropout", "recurrent_dropout", "batch_size", "learning_rate", "validation_split", "seed"
 WAYS_OUT = "pass --overwrite to start over, or another --save_path"
-SHOWN = 8  # sequences that are invented after each epoch
-LINE_WIDTH = 100  # characters that are shown of each
+SHOWN, LINE_WIDTH = 8, 100  # sequences that are invented after each epoch, and their characters
 MOST_WEIGHTS = 2**30  # weights; Adam and the best epoch take four times as many numbers
 SEQUENCES_PER_ROW = 4  # with fewer, rows are less equally long; with more, products are too small
 VALIDATION_BATCH = 256  # sequences
@@ -211,6 +210,7 @@ def choose_settings(args, characters, source):
     width = min(1, (args.units or settings["units"]) / WIDE)
     for name in ("dropout", "recurrent_dropout"):
         settings[name] = round(settings[name] * width, 3)
+    settings["recurrent_dropout"] *= width >= 0.5  # below it gains less than it takes to compile
     if source:
         settings["learning_rate"] = FINE_TUNING_RATE
     settings["validation_split"] = min(VALIDATION_SPLIT, LARGEST_VALIDATION / characters)
