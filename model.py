@@ -313,9 +313,9 @@ def run_lstm(projected, recurrent_kernel, kept_hidden, kept_cell):
 def make_dropout_for_xla(share, seed=None, **options):
     """Makes a `keras.layers.Dropout` for networks that XLA compiles.
 
-    There the random numbers that TensorFlow chooses by itself take a hundred times as
-    long as Threefry's (Salmon et al. 2011), which JAX uses: with small batches, more than
-    all else that training does.
+    There the generator that TensorFlow picks by itself takes a hundred times as long as
+    Threefry (Salmon et al. 2011), which JAX uses: with small batches, longer than all
+    else in training.
     """
     from keras import backend, layers
 

@@ -43,7 +43,7 @@ The same command again continues an interrupted run; a larger --epochs extends a
 finished one. Ctrl-C stops and keeps the run up to its last whole epoch.
 """
 SENTINEL, VALIDATION_SPLIT = "\n", 0.05
-SHORT = 20_000  # characters of a list that is better learned by a model of others
+SHORT = 15_000  # characters of a list that is better learned by a model of others
 # What is best for lists of up to so many characters, found on names, words, user names
 # and molecules: the less there is to learn from, the more is dropped, the smaller are the
 # batches and, but for the shortest lists, the more passes there are.
@@ -56,13 +56,13 @@ DEFAULTS = {
     math.inf: (128, 2, 0.3, 0.0, 32, 15, 0.01),
 }
 CHOSEN = "units", "layers", "dropout", "recurrent_dropout", "batch_size", "epochs", "learning_rate"
-WIDE = 128  # units; a narrower network gets dropout in proportion
+WIDE = 128  # units; a narrower network gets less dropout
 SHIPPED = pathlib.Path(__file__).parent / "pre_trained_models" / "user_names_10000.h5"
 FINE_TUNING_RATE = 0.005  # the learning rate for a network that has learned before
 # What makes two runs the same run, besides their data and network.
 SETTINGS = "dropout", "recurrent_dropout", "batch_size", "learning_rate", "validation_split", "seed"
 WAYS_OUT = "pass --overwrite to start over, or another --save_path"
-SHOWN, LINE_WIDTH = 8, 100  # sequences that are invented after each epoch, and their characters
+SHOWN, LINE_WIDTH = 8, 100  # sequences invented after each epoch, and the most characters of each
 MOST_WEIGHTS = 2**30  # weights; Adam and the best epoch take four times as many numbers
 SEQUENCES_PER_ROW = 4  # with fewer, rows are less equally long; with more, products are too small
 VALIDATION_BATCH = 256  # sequences
@@ -194,7 +194,7 @@ def read_data(args, source):
     def without_sentinel():
         for sequence in loader:
             if sentinel in sequence:
-                raise loader.error(f"contains the sentinel {sentinel!r}; pass --sentinel '\\0'")
+                raise loader.error(f"it contains the sentinel {sentinel!r}; pass --sentinel '\\0'")
             yield sequence
 
     with model.naming("--sequence_path", path):
@@ -204,13 +204,13 @@ def read_data(args, source):
 
 
 def choose_settings(args, characters, source):
-    """Sets the flags that were not given by how many characters there are: returns them."""
+    """Sets the flags that were not given, by the number of characters: returns them, a dict."""
     values = next(values for most, values in DEFAULTS.items() if characters <= most)
     settings = dict(zip(CHOSEN, values))
     width = min(1, (args.units or settings["units"]) / WIDE)
     for name in ("dropout", "recurrent_dropout"):
         settings[name] = round(settings[name] * width, 3)
-    settings["recurrent_dropout"] *= width >= 0.5  # below it gains less than it takes to compile
+    settings["recurrent_dropout"] *= width >= 0.5  # in narrower ones not worth its compiling
     if source:
         settings["learning_rate"] = FINE_TUNING_RATE
     settings["validation_split"] = min(VALIDATION_SPLIT, LARGEST_VALIDATION / characters)
@@ -446,8 +446,8 @@ def quiet():
 def import_keras():
     """Imports Keras and wakes its backend."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    if not importlib.util.find_spec("jax_plugins"):  # through which JAX uses a GPU
-        # For a CPU it compiles in two thirds of the time, to programs that are as fast.
+    if not importlib.util.find_spec("jax_plugins"):  # with one, JAX may compile for a GPU
+        # On a CPU it compiles in two thirds of the time, to programs that are as fast.
         os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
     keep_memory()
     # Imported objects live to the end; letting the garbage collector scan them again and
@@ -845,7 +845,7 @@ def set_variables(variables, progress):
     values = progress.checkpoint or [np.asarray(each) for each in variables]
     fits = [value.shape for value in values] == [tuple(each.shape) for each in variables]
     if not (broadcast(fits) if progress.group[1] > 1 else fits):
-        raise UserError(f"--save_path: {progress.path} is of another version of Keras; {WAYS_OUT}")
+        raise UserError(f"--save_path: {progress.path} is of another version; {WAYS_OUT}")
     values = [value.astype(variable.dtype) for variable, value in zip(variables, values)]
     if progress.group[1] > 1:
         from jax.experimental.multihost_utils import broadcast_one_to_all

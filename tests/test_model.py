@@ -85,7 +85,7 @@ def test_the_gradient_worked_out_by_hand_is_the_slope_of_the_outputs():
         assert slope == pytest.approx(float(np.sum(gradient * change)), rel=1e-3)
 
 
-def test_dropout_is_for_training_and_if_recurrent_for_what_is_read_back():
+def test_dropout_is_for_training_and_recurrent_dropout_for_what_is_read_back():
     import tensorflow as tf
 
     _, lstm, *_ = model.build_layers(5, 64, 1, recurrent_dropout=0.5, seed=0, by_hand=True)

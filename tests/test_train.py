@@ -186,9 +186,9 @@ MISTAKES = {
     "--sequences_path .": "--sequence_path: can't read .: Is a directory; check the path",
     "--sequence_path latin.txt": "latin.txt, line 2: byte 0xe9 is not UTF-8",
     "--sequence_path header.csv": "header.csv has no data rows",
-    "--sequence_path spaced.txt --sentinel ' '": "spaced.txt, line 3: contains the "
+    "--sequence_path spaced.txt --sentinel ' '": "spaced.txt, line 3: it contains the "
     r"sentinel ' '; pass --sentinel '\0'",
-    "--sequence_path - --sentinel ' '": "-, line 2: contains the sentinel ' '",
+    "--sequence_path - --sentinel ' '": "-, line 2: it contains the sentinel ' '",
     "--init_from none.h5": "--init_from: can't read none.h5: No such file or directory",
     "--init_from latin.txt": "--init_from: latin.txt is not a model",
     "--save_path new": "--save_path: Keras opens only .h5; pass new.h5",
@@ -385,7 +385,7 @@ NOT_A_NUMBER = f"Epoch 4/4: the loss or a weight is NaN or .*{SAVED} keeps the l
     [
         (overflow_sums, NOT_A_NUMBER),
         pytest.param(grow_a_bias, NOT_A_NUMBER, marks=pytest.mark.slow),
-        (lose_a_variable, "is of another version of Keras; pass --overwrite"),
+        (lose_a_variable, "is of another version; pass --overwrite"),
     ],
 )
 def test_a_run_that_can_not_go_on_stops_with_a_line_and_keeps_the_file(
