@@ -352,8 +352,9 @@ def make_lstm_by_hand(units, recurrent_dropout=0.0, seed=None, **options):
                 return super().inner_loop(sequences, initial_state, mask, training)
             steps_first = ops.transpose(sequences, (1, 0, 2))
             projected = ops.matmul(steps_first, self.cell.kernel) + self.cell.bias
-            kept_cell = ops.cast(ops.transpose(mask), "float32")[:, :, None]
-            kept_hidden = kept_cell * self.drop(ops.ones_like(initial_state[0]), training=training)
+            kept_cell = kept_hidden = ops.cast(ops.transpose(mask), "float32")[:, :, None]
+            if recurrent_dropout:  # else a loop would read a mask of all units for nothing
+                kept_hidden = kept_cell * self.drop(1 + initial_state[0], training=training)
             kernel = ops.convert_to_tensor(self.cell.recurrent_kernel)
             hidden = ops.transpose(run_lstm(projected, kernel, kept_hidden, kept_cell), (1, 0, 2))
             return hidden[:, -1], hidden, initial_state  # nothing uses the last state
@@ -420,8 +421,7 @@ def weight_shapes(alphabet_size, units, layers):
     """Returns a dict of shapes by `(layer, weight)`, in the order of Keras's `get_weights()`."""
     shapes = {}
     for layer in range(1, layers + 1):
-        inputs = alphabet_size if layer == 1 else units
-        shapes[f"lstm_{layer}", "kernel"] = (inputs, 4 * units)
+        shapes[f"lstm_{layer}", "kernel"] = (alphabet_size if layer == 1 else units, 4 * units)
         shapes[f"lstm_{layer}", "recurrent_kernel"] = (units, 4 * units)
         shapes[f"lstm_{layer}", "bias"] = (4 * units,)
     shapes["next_character", "kernel"] = (units, alphabet_size)

@@ -566,18 +566,18 @@ def test_the_parts_of_a_pass_take_each_sequence_once():
 
 
 @pytest.mark.parametrize(
-    ("lines", "chosen"),
+    ("lines", "units", "chosen"),
     [
-        (100, "--units 128 --layers 1 --dropout 0.5 --recurrent_dropout 0.5 --batch_size 4"),
-        (4500, "--units 256 --layers 1 --dropout 0.4 --recurrent_dropout 0.3 --batch_size 32"),
+        (100, 128, "--layers 1 --dropout 0.5 --recurrent_dropout 0.5 --batch_size 4 --epochs 30"),
+        (4500, 256, "--layers 1 --dropout 0.4 --recurrent_dropout 0.3 --batch_size 32 --epochs 22"),
     ],
 )
-def test_settings_follow_the_amount_of_data_unless_they_are_given(capsys, lines, chosen):
+def test_settings_follow_the_amount_of_data_unless_they_are_given(capsys, lines, units, chosen):
     words = ["--sequence_path", PRE_TRAINED / "english_words_5000.txt", "--num_sequences", lines]
     args, data, _ = read(*words)
     train.tell_what_was_read(args, data, None)
     told = capsys.readouterr().out
-    assert f"{chosen} --epochs {args.epochs} --learning_rate 0.02 " in told
+    assert f"--units {units} {chosen} --learning_rate 0.02 " in told
     assert ("--init_from" in told) == (lines == 100)
     flags = shlex.split(chosen)
     assert [str(getattr(args, name[2:])) for name in flags[::2]] == flags[1::2]
